@@ -1,0 +1,370 @@
+"""Checkpoint folder -> model: config.json and *.safetensors, memory-mapped, strict.
+
+    python load_weights.py FOLDER     checks a folder and prints what it holds; config.json and the index are enough
+
+Reads the released "-PT" checkpoints of ERNIE-4.5-VL (28B-A3B, 28B-A3B-Thinking, 424B-A47B), of the text-only relatives
+(21B-A3B, 300B-A47B, 0.3B), and whatever transformers saves of them. On the CPU, a tensor in its stored dtype is mapped
+and not read: its pages come from the file when a token first needs them, and experts that nobody picks stay on disk.
+"""
+import argparse
+import difflib
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ernie_vl import PATCH, SPATIAL_MERGE, TEMPORAL_MERGE, Config, ErnieVL, InputError, TextConfig, VisionConfig
+
+FAMILIES = {  # model_type -> what it is
+    "ernie4_5_moe_vl": "ERNIE-4.5-VL, flat config",
+    "ernie4_5_vl_moe": "ERNIE-4.5-VL, nested config",
+    "ernie4_5_moe": "ERNIE-4.5, text only",
+    "ernie4_5": "ERNIE-4.5, text only, dense",
+}
+
+
+# --------------------------------------------------------------------------------- 1. config.json -> Config
+def read_config(raw: dict) -> Config:
+    """Both layouts; fields as lists, scalars, null or absent. Raises InputError for what no released model has."""
+    kind, vision = raw.get("model_type"), raw.get("vision_config")
+    if kind not in FAMILIES:
+        raise InputError(f"config.json says model_type {kind!r}, and these can be loaded: {', '.join(FAMILIES)}")
+    if "VL" in FAMILIES[kind] and not vision:
+        raise InputError(f"config.json says model_type {kind!r} and has no vision_config: is it the right file?")
+    text = need(raw, "text_config") if "nested" in FAMILIES[kind] else raw
+    # In the nested layout converters set one of the two fields and leave the other at its default, True.
+    tied = all(part.get("tie_word_embeddings", kind != "ernie4_5_moe_vl") for part in (raw, text))
+    return Config(read_text_config(text, tied, bool(vision)), read_vision_config(vision, raw), **read_token_ids(raw, vision))
+
+
+def read_text_config(raw: dict, tied: bool, vision: bool) -> TextConfig:
+    expect(raw, hidden_act="silu", use_bias=False, moe_gate="topk", moe_gate_act="softmax", moe_norm_gate_logits=True,
+           moe_group_experts=False, moe_use_token_type_bias=False, compression_ratio=1.0)
+    head_dim = raw.get("head_dim") or need(raw, "hidden_size") // need(raw, "num_attention_heads")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    expect(rope, rope_type="default", type="default")
+    types = mlp_layer_types(raw, need(raw, "num_hidden_layers"))
+    experts, widths = (listed(raw.get(name), 0) for name in ("moe_num_experts", "moe_intermediate_size"))
+    if len(set(experts)) > 1:
+        raise InputError(f"config.json gives the modalities unequal numbers of experts, {experts}, and they must be equal")
+    if "sparse" in types:
+        expect(raw, moe_use_aux_free=True)
+    return TextConfig(
+        **{name: need(raw, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+                                              "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")},
+        head_dim=head_dim,
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 500_000),
+        mrope_section=mrope_section(rope.get("mrope_section"), raw.get("freq_allocation", 20 if vision else 0), head_dim // 2),
+        tie_word_embeddings=tied,
+        mlp_layer_types=types,
+        moe_num_experts=experts[0],
+        moe_intermediate_size=(widths[0], widths[-1]) if vision else (widths[0],),
+        moe_k=raw.get("moe_k", 0),
+        moe_num_shared_experts=raw.get("moe_num_shared_experts") or 0,
+    )
+
+
+def read_vision_config(vision: dict | None, raw: dict) -> VisionConfig | None:
+    if not vision:
+        return None
+    expect(vision, hidden_act="quick_gelu", patch_size=PATCH, in_channels=3, spatial_merge_size=SPATIAL_MERGE,
+           temporal_merge_size=TEMPORAL_MERGE, rms_norm_eps=1e-6, embed_dim=need(vision, "hidden_size"))
+    expect(vision.get("rope_parameters") or {}, rope_type="axial", rope_theta=10_000)
+    expect(raw, spatial_conv_size=SPATIAL_MERGE, temporal_conv_size=TEMPORAL_MERGE, use_temporal_conv=True,
+           pixel_hidden_size=vision["hidden_size"])
+    width = vision.get("intermediate_size") or int(vision["hidden_size"] * need(vision, "mlp_ratio"))
+    return VisionConfig(need(vision, "depth"), vision["hidden_size"], width, need(vision, "num_heads"))
+
+
+def read_token_ids(raw: dict, vision: dict | None) -> dict:
+    """The flat layout has one placeholder for pictures and clips, and may leave out the ids of the vocabulary that all
+    released models share. In a text-only model no id is special: -1."""
+    image = raw.get("image_token_id", raw.get("im_patch_id", 100295))
+    ids = {"image_token_id": image, "video_token_id": raw.get("video_token_id", image)}
+    usual = {"image_start_token_id": 101304, "image_end_token_id": 101305, "video_start_token_id": 101306, "video_end_token_id": 101307}
+    ids |= {name: raw.get(name, id) for name, id in usual.items()}
+    return ids if vision else dict.fromkeys(ids, -1)
+
+
+def mlp_layer_types(raw: dict, layers: int) -> tuple[str, ...]:
+    """Nested: a list. Flat: bounds, one number or one a modality, which may reach past the last layer; null or -1 means
+    the last layer. A model without experts has neither."""
+    if raw.get("mlp_layer_types"):
+        return tuple(raw["mlp_layer_types"])
+    if not raw.get("moe_num_experts"):
+        return ("dense",) * layers
+    start, end = min(listed(raw.get("moe_layer_start_index"), 0)), max(listed(raw.get("moe_layer_end_index"), -1))
+    end, interval = layers - 1 if end == -1 else end, raw.get("moe_layer_interval", 1)
+    return tuple("sparse" if start <= l <= end and (l + 1) % interval == 0 else "dense" for l in range(layers))
+
+
+def mrope_section(given: list | None, times: int, pairs: int) -> tuple[int, int, int]:
+    """(h, w, t). In a text-only model the three positions are equal, and the split has no effect."""
+    section = tuple(given or ((pairs - times) // 2, (pairs - times) // 2, times))
+    if len(section) != 3 or sum(section) != pairs or section[0] != section[1]:
+        raise InputError(f"config.json divides the rotary pairs into (h, w, t) = {section}; h must equal w and the sum be {pairs}")
+    return section
+
+
+def need(raw: dict, name: str):
+    if raw.get(name) is None:
+        raise InputError(f"config.json has no {name}: is it the file of an ERNIE-4.5 checkpoint?")
+    return raw[name]
+
+
+def expect(raw: dict, **values) -> None:
+    for name, value in values.items():
+        if raw.get(name) not in (None, value):
+            raise InputError(f"config.json says {name} {raw[name]!r}, and only {value!r} is supported")
+
+
+def listed(value, absent: int = 0) -> list:
+    return value if isinstance(value, list) else [absent if value is None else value]
+
+
+# ------------------------------------------------------------------------- 2. the table of names, ours <- theirs
+# Files differ in their prefixes: the hub's, what transformers saves, what transformers holds in memory.
+PREFIXES = {"model.language_model.": "", "model.vision_tower.": "vision_model.", "vision_tower.": "vision_model.", "model.": ""}
+
+whole: Callable = lambda stored, e, cfg: stored
+router: Callable = lambda stored, e, cfg: stored.T.contiguous() if cfg.vision else stored     # the VL files have it as (D, E)
+text_row: Callable = lambda stored, e, cfg: stored[0]                             # of a tensor (2, E) or (1, E)
+vision_row: Callable = lambda stored, e, cfg: stored[1]
+expert: Callable = lambda stored, e, cfg: stored[e]                               # of a stack (E, D, F)
+expert_gate: Callable = lambda stored, e, cfg: stored[e].chunk(2)[0]              # of a stack (E, 2F, D), gate rows on top
+expert_up: Callable = lambda stored, e, cfg: stored[e].chunk(2)[1]
+
+# Names that are equal need no row. {n} is an expert's number among all: text experts come first, then vision experts.
+TABLE = [
+    # ours                                                    theirs                                                what of it
+    ("vision_model.patch_embed.weight",                       "vision_model.patch_embed.proj.weight",               whole),
+    ("layers.{l}.mlp.text_moe.gate.weight",                   "layers.{l}.mlp.gate.weight",                         router),
+    ("layers.{l}.mlp.vision_moe.gate.weight",                 "layers.{l}.mlp.gate.weight_1",                       router),
+    ("layers.{l}.mlp.text_moe.gate.e_{x}_bias",               "layers.{l}.mlp.moe_statics.e_{x}_bias",              text_row),
+    ("layers.{l}.mlp.vision_moe.gate.e_{x}_bias",             "layers.{l}.mlp.moe_statics.e_{x}_bias",              vision_row),
+    ("layers.{l}.mlp.{x}_moe.experts.{e}.{y}.weight",         "layers.{l}.mlp.experts.{n}.{y}.weight",              whole),
+    # as transformers holds them in memory
+    ("resampler_model.{x}_linear.0.{y}",                      "resampler_model.{x}_linear.fc1.{y}",                 whole),
+    ("resampler_model.{x}_linear.2.{y}",                      "resampler_model.{x}_linear.fc2.{y}",                 whole),
+    ("resampler_model.{x}_linear.3.{y}",                      "resampler_model.{x}_linear.ln.{y}",                  whole),
+    ("layers.{l}.mlp.{x}_moe.gate.e_{y}_bias",                "layers.{l}.mlp.{x}_moe.gate.moe_statics.e_{y}_bias", text_row),
+    ("layers.{l}.mlp.{x}_moe.experts.{e}.gate_proj.weight",   "layers.{l}.mlp.{x}_moe.experts.gate_up_proj",        expert_gate),
+    ("layers.{l}.mlp.{x}_moe.experts.{e}.up_proj.weight",     "layers.{l}.mlp.{x}_moe.experts.gate_up_proj",        expert_up),
+    ("layers.{l}.mlp.{x}_moe.experts.{e}.down_proj.weight",   "layers.{l}.mlp.{x}_moe.experts.down_proj",           expert),
+]
+PATTERNS = [(re.compile(re.sub(r"\\{(\w)\\}", r"(?P<\1>[^.]+)", re.escape(ours))), theirs, take) for ours, theirs, take in TABLE]
+LEFT_OUT = re.compile(r"(^|\.)mtp")     # heads that predict several tokens ahead: training leftovers
+
+
+class Stored(NamedTuple):
+    name: str                            # as the file spells it
+    file: Path
+    shape: tuple[int, ...] | None        # None: known from the index alone
+    dtype: str | None
+
+
+class Source(NamedTuple):
+    stored: Stored
+    take: Callable                       # (stored tensor, expert number, config) -> our parameter
+    expert: int
+
+
+def candidates(ours: str, experts: int) -> Iterator[tuple[str, Callable, int]]:
+    """(their name, what to take of it, expert number) for one of our parameters, the hub's spelling first."""
+    for pattern, theirs, take in PATTERNS:
+        if match := pattern.fullmatch(ours):
+            fields = match.groupdict()
+            e = int(fields.get("e", 0))
+            yield theirs.format(**fields, n=e + experts * (fields.get("x") == "vision")), take, e
+    yield ours, whole, 0
+
+
+# ----------------------------------------------------------------------------------- 3. a folder and its problems
+@dataclass
+class Checkpoint:
+    folder: Path
+    kind: str
+    cfg: Config
+    model: ErnieVL                       # on the meta device: shapes without memory
+    sources: dict[str, Source]           # by our name
+    missing: list[str]                   # ours
+    surplus: list[str]                   # theirs
+    wrong_shape: list[str]               # ours
+
+    def problems(self, most: int) -> list[str]:
+        shape = {name: tuple(parameter.shape) for name, parameter in self.model.state_dict().items()}
+        lines = [f"{name} {shape[name]} is missing{closest(name, self.surplus)}" for name in self.missing[:most]]
+        lines += [f"{name} is not a tensor of this model{closest(name, self.missing)}" for name in self.surplus[:most]]
+        lines += [f"{name} should be {shape[name]}, and {self.sources[name].stored.name} in the file is {self.sources[name].stored.shape}"
+                  for name in self.wrong_shape[:most]]
+        return lines[:most]
+
+
+def closest(name: str, others: list[str]) -> str:
+    match = difflib.get_close_matches(name, others[:1000], 1)
+    return f" (closest name: {match[0]})" if match else ""
+
+
+def find_folder(model: str) -> Path:
+    """A folder, or the newest snapshot of a hub id in the local Hugging Face cache. Nothing is downloaded."""
+    if Path(model).is_dir():
+        return Path(model)
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{model.replace('/', '--')}"
+    main = cache / "refs" / "main"
+    snapshots = sorted(cache.glob("snapshots/*"), key=lambda folder: (main.is_file() and folder.name == main.read_text().strip(), folder.stat().st_mtime))
+    if not snapshots:
+        raise InputError(f"{model} is neither a folder nor a model in the local Hugging Face cache; to download one: "
+                         "pip install huggingface_hub && hf download baidu/ERNIE-4.5-VL-28B-A3B-PT")
+    return snapshots[-1]
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: is {path.parent} a checkpoint folder?") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}): download it again") from None
+
+
+def open_shard(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} is truncated or damaged ({error}): download it again") from None
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder by its name without prefixes: from the files' headers, or from the index alone where a file
+    is not there (yet)."""
+    index, found = folder / "model.safetensors.index.json", {}
+    if index.is_file():
+        found = {name: Stored(name, folder / file, None, None) for name, file in need(read_json(index), "weight_map").items()}
+    for file in sorted({stored.file for stored in found.values()} or folder.glob("*.safetensors")):
+        if file.is_file():
+            with open_shard(file) as shard:
+                for name in shard.keys():
+                    part = shard.get_slice(name)
+                    found[name] = Stored(name, file, tuple(part.get_shape()), part.get_dtype())
+    return {canonical(name): stored for name, stored in found.items() if not LEFT_OUT.search(name)}
+
+
+def canonical(name: str) -> str:
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+    return PREFIXES.get(prefix, "") + name.removeprefix(prefix)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Reads config.json and all names and shapes, and finds where each of our parameters stands. Reads no weights."""
+    raw = read_json(folder / "config.json")
+    cfg, stored = read_config(raw), stored_tensors(folder)
+    if any(name.startswith("ernie.") for name in stored):
+        raise InputError(f"{folder} holds a -Paddle checkpoint: download the one whose name ends in -PT instead")
+    with torch.device("meta"):
+        model = ErnieVL(cfg)
+    sources, wrong_shape, parameters = {}, [], model.state_dict()
+    for ours, parameter in parameters.items():
+        for theirs, take, e in candidates(ours, cfg.text.moe_num_experts):
+            if theirs in stored:
+                sources[ours] = Source(stored[theirs], take, e)
+                if stored[theirs].shape and shape_taken(sources[ours], cfg) != parameter.shape:
+                    wrong_shape.append(ours)
+                break
+    used = {source.stored.name for source in sources.values()}
+    surplus = [s.name for name, s in stored.items() if s.name not in used and not (name == "lm_head.weight" and cfg.text.tie_word_embeddings)]
+    return Checkpoint(folder, raw["model_type"], cfg, model, sources, [name for name in parameters if name not in sources], surplus, wrong_shape)
+
+
+def shape_taken(source: Source, cfg: Config) -> tuple[int, ...] | None:
+    try:
+        return source.take(torch.empty(source.stored.shape, device="meta"), source.expert, cfg).shape
+    except (IndexError, RuntimeError):      # cannot even be cut like this
+        return None
+
+
+# ------------------------------------------------------------------------------------------ 4. folder -> model
+def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None, progress: Callable = lambda done, all: None) -> ErnieVL:
+    """The model of a folder, strictly: every parameter from a file, every tensor of the files used.
+
+    dtype None keeps what is stored (fp16 becomes fp32: it would overflow). Routers and their biases are fp32 whatever is
+    stored, as in training. progress(done, all) is called as tensors arrive. Raises InputError."""
+    checkpoint = open_checkpoint(Path(folder))
+    check_complete(checkpoint)
+    by_file: dict[Path, list[str]] = {}
+    for ours, source in checkpoint.sources.items():
+        by_file.setdefault(source.stored.file, []).append(ours)
+    state: dict[str, Tensor] = {}
+    for file, names in by_file.items():
+        with open_shard(file) as shard:
+            for ours in names:
+                stored, take, e = checkpoint.sources[ours]
+                tensor = take(shard.get_tensor(stored.name), e, checkpoint.cfg)
+                state[ours] = tensor.to(device, wanted_dtype(ours, tensor.dtype, dtype))
+                progress(len(state), len(checkpoint.sources))
+    checkpoint.model.load_state_dict(state, strict=True, assign=True)
+    return checkpoint.model.eval()
+
+
+def wanted_dtype(ours: str, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    if "_moe.gate." in ours:
+        return torch.float32
+    return asked or (torch.float32 if stored == torch.float16 else stored)
+
+
+def check_complete(checkpoint: Checkpoint) -> None:
+    folder = checkpoint.folder
+    if not checkpoint.sources:
+        raise InputError(f"{folder} has no *.safetensors files with weights: download the whole -PT checkpoint")
+    absent = sorted({s.stored.file.name for s in checkpoint.sources.values() if s.stored.shape is None})
+    if absent:
+        raise InputError(f"{folder} lacks {len(absent)} of its files, {absent[0]} first: download the rest into the folder")
+    if first := checkpoint.problems(1):
+        more = len(checkpoint.missing + checkpoint.surplus + checkpoint.wrong_shape) - 1
+        raise InputError(f"{folder} does not fit its config.json: {first[0]}; and {more} more, which python load_weights.py {folder} lists")
+
+
+# --------------------------------------------------------------------------------------------- 5. the summary
+def summary(checkpoint: Checkpoint) -> str:
+    cfg, text, vision = checkpoint.cfg, checkpoint.cfg.text, checkpoint.cfg.vision
+    dense, sparse = (text.mlp_layer_types.count(kind) for kind in ("dense", "sparse"))
+    stored = {source.stored.name: source.stored for source in checkpoint.sources.values()}.values()
+    files = {s.file for s in stored}
+    here, size = [f for f in files if f.is_file()], sum(p.numel() for p in checkpoint.model.state_dict().values())
+    experts = " + ".join(f"{text.moe_num_experts} {kind} of width {width}" for kind, width in zip(("text", "vision"), text.moe_intermediate_size))
+    rows = {
+        "family": f"{FAMILIES[checkpoint.kind]} ({checkpoint.kind})",
+        "decoder": f"{dense + sparse} layers ({dense} dense, {sparse} sparse), width {text.hidden_size}, "
+                   f"{text.num_attention_heads} query and {text.num_key_value_heads} key heads of {text.head_dim}",
+        "experts": f"{experts} a layer, {text.moe_k} chosen, {text.moe_num_shared_experts} shared" if sparse else "none",
+        "vision": f"{vision.depth} blocks, width {vision.hidden_size}" if vision else "none",
+        "parameters": f"{size:,} ({size / 1e9:.2f} B)",
+        "files": f"{len(here)} of {len(files)} here, {sum(os.path.getsize(f) for f in here):,} bytes, "
+                 f"{', '.join(sorted({s.dtype for s in stored if s.dtype})) or 'types and shapes not known yet'}",
+        "tensors": f"{len(stored):,} stored and known, {len(checkpoint.missing):,} missing, {len(checkpoint.surplus):,} left over, "
+                   f"{len(checkpoint.wrong_shape):,} of a wrong shape",
+    }
+    return "\n".join(f"{name:11s} {row}" for name, row in rows.items())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Check a checkpoint folder and print what it holds.")
+    parser.add_argument("folder", help="a folder with config.json and weights (or their index), or a hub id in the local cache")
+    try:
+        checkpoint = open_checkpoint(find_folder(parser.parse_args().folder))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join([summary(checkpoint), *checkpoint.problems(20)]))
+    return 2 if checkpoint.problems(1) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
