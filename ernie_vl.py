@@ -5,19 +5,20 @@
     text ──> ids ──> embed_tokens ──────────────────────────────────┘      │
                                                      (t, h, w) positions ──┘
 
-Start reading at `ErnieVL.forward`, near the end: it is the drawing above. The definitions stand in the order of the data.
+Start reading at `ErnieVL.forward`, near the end: it is the drawing above. The definitions stand in the order of the data,
+and modules are named as in the released checkpoints.
 
 Letters used in every shape comment (a test runs the model and checks the comments against the live tensors):
 
     T  tokens given to this pass    S  tokens seen so far, T included    V  vocabulary
     D  decoder width                H  query heads                       G  key/value heads     d  width of a head
-    E  experts of one modality      K  experts chosen for a token        F  width inside an expert
-    N  patches, all pictures        C  ViT width                         P  numbers in a patch (3 colours x 14 x 14)
-    M  pictures and clips           t, h, w  frames, rows and columns of one of them
+    E  experts of one modality      K  experts chosen for a token        C  ViT width (H and d are its own there)
+    N  patches of all pictures      M  pictures and clips                P  numbers in a patch (3 colours x 14 x 14)
+    t, h, w  frames, rows and columns of one picture or clip: in patches in the ViT, in tokens in the decoder
 
 There is no batch dimension: one conversation at a time. The model keeps no state: the KV cache is an argument.
 The released checkpoints come through `load_weights.py`; text and pictures become tensors in `tokenizer.py`.
-Technical report: https://ernie.baidu.com/blog/publication/ERNIE_Technical_Report.pdf
+License: Apache-2.0. Technical report: https://ernie.baidu.com/blog/publication/ERNIE_Technical_Report.pdf
 """
 from dataclasses import dataclass
 from typing import Iterator, NamedTuple
@@ -63,9 +64,9 @@ class TextConfig:
     tie_word_embeddings: bool              # the head is the embedding matrix
     mlp_layer_types: tuple[str, ...]       # "dense" or "sparse", one for every layer
     moe_num_experts: int                   # E
-    moe_intermediate_size: tuple[int, ...] # F of (text, vision) experts; text-only models have the first alone
+    moe_intermediate_size: tuple[int, ...] # inner width of (text, vision) experts; text-only models have the first alone
     moe_k: int                             # K
-    moe_num_shared_experts: int            # as many text experts' widths in one MLP that sees every token
+    moe_num_shared_experts: int            # they are one MLP, so many text experts wide; 0: none
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,9 @@ class Config:
 
 # ---------------------------------------------------------------------------------------- 2. vision transformer
 def frequencies(pairs: int, theta: float, device: torch.device) -> Tensor:             # -> (pairs,)
-    """Turning speeds of rotary pairs, fast to slow. In fp32 and on the CPU as in training: a last-digit difference
-    here is 0.005 rad at position 100,000."""
-    return (1.0 / theta ** (torch.arange(pairs) / pairs)).to(device)
+    """Turning speeds of rotary pairs, fast to slow. In fp32 and always on the CPU: a GPU's power function may differ in the
+    last digit, and fp64 does; that is up to 0.005 rad at position 100,000."""
+    return (1.0 / theta ** (torch.arange(pairs, dtype=torch.float32, device="cpu") / pairs)).to(device)
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:                      # (N, H, d) -> (N, H, d)
@@ -95,7 +96,7 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:               
 
 
 class VisionAttention(nn.Module):
-    """A patch sees every patch of its own frame and no other: frames are split, not masked."""
+    """A patch sees every patch of its own frame and no other. Frames are split, not masked: a mask would be N x N."""
 
     def __init__(self, cfg: VisionConfig):
         super().__init__()
@@ -104,10 +105,10 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(cfg.hidden_size, cfg.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, frames: list[int]) -> Tensor:   # (N, C) -> (N, C)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
-        q, k, v = (z.transpose(0, 1)[None].split(frames, dim=2) for z in (q, k, v))
-        y = torch.cat([F.scaled_dot_product_attention(*frame) for frame in zip(q, k, v)], dim=2)[0]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)             # (N, H, d), (N, H, d), (N, H, d)
+        q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)                      # (N, H, d), (N, H, d)
+        of_frames = zip(*(z.transpose(0, 1)[None].split(frames, dim=2) for z in (q, k, v)))    # 3 x (1, H, h*w, d) each
+        y = torch.cat([F.scaled_dot_product_attention(*qkv) for qkv in of_frames], dim=2)[0]   # (H, N, d)
         return self.proj(y.transpose(0, 1).flatten(1))
 
 
@@ -135,8 +136,20 @@ class VisionBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def patch_cells(h: int, w: int) -> Tensor:                                                 # -> (h*w, 2)
+    """(row, column) of every patch of a frame, in the order patches arrive: the four of a 2 x 2 block side by side,
+
+         0  1 |  4  5         so that the resampler can join them by a plain reshape.
+         2  3 |  6  7
+        ------+------"""
+    cells = torch.cartesian_prod(torch.arange(h), torch.arange(w))                         # (h*w, 2)
+    blocks = cells.view(h // SPATIAL_MERGE, SPATIAL_MERGE, w // SPATIAL_MERGE, SPATIAL_MERGE, 2)
+    return blocks.transpose(1, 2).reshape(h * w, 2)
+
+
 class VisionTransformer(nn.Module):
-    """Patches of all pictures and clips in one call. Half of every head turns with the patch's row, half with its column."""
+    """Patches of all pictures and clips in one call. Of the rotary pairs of a head the first half turns with the patch's
+    row, the second with its column."""
 
     def __init__(self, cfg: VisionConfig):
         super().__init__()
@@ -147,7 +160,7 @@ class VisionTransformer(nn.Module):
 
     def angles(self, grids: list[tuple]) -> Tensor:                                        # -> (N, d/2)
         frequency = frequencies(self.head_dim // 4, VISION_ROPE_THETA, self.ln.weight.device)
-        cells = [patch_cells(h, w).repeat(t, 1) for t, h, w in grids]    # every frame of a clip counts from 0 again
+        cells = [patch_cells(h, w).repeat(t, 1) for t, h, w in grids]    # no axis for time: frames share their angles
         return (torch.cat(cells).to(frequency.device)[..., None] * frequency).flatten(1)
 
     def forward(self, patches: Tensor, grids: list[tuple]) -> Tensor:                      # (N, P) -> (N, C)
@@ -160,28 +173,7 @@ class VisionTransformer(nn.Module):
         return self.ln(x)
 
 
-def patch_cells(h: int, w: int) -> Tensor:                                                 # -> (h*w, 2)
-    """(row, column) of every patch of a frame, in the order patches arrive: the four of a 2 x 2 block side by side,
-
-         0  1 |  4  5         so that the resampler can join them by a plain reshape.
-         2  3 |  6  7
-        ------+------"""
-    cells = torch.cartesian_prod(torch.arange(h), torch.arange(w))                         # (h*w, 2)
-    blocks = cells.view(h // SPATIAL_MERGE, SPATIAL_MERGE, w // SPATIAL_MERGE, SPATIAL_MERGE, 2)
-    return blocks.transpose(1, 2).reshape(h * w, 2)
-
-
 # ---------------------------------------------------------------------------- 3. variable-resolution resampler
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:                                                # (T, D) -> (T, D)
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
-
-
 def merge_mlp(n_in: int, n_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(n_in, n_out), nn.GELU(), nn.Linear(n_out, n_out), nn.LayerNorm(n_out, LAYER_NORM_EPS))
 
@@ -189,12 +181,12 @@ def merge_mlp(n_in: int, n_out: int) -> nn.Sequential:
 def merged(grid: tuple) -> tuple[int, int, int]:
     """Grid of patches -> grid of tokens: (1, 34, 46) -> (1, 17, 23) for a picture, (8, 4, 4) -> (4, 2, 2) for a clip."""
     t, h, w = grid
-    return -(-t // TEMPORAL_MERGE), h // SPATIAL_MERGE, w // SPATIAL_MERGE
+    return max(1, t // TEMPORAL_MERGE), h // SPATIAL_MERGE, w // SPATIAL_MERGE
 
 
 class Resampler(nn.Module):
     """4 neighbouring patches -> 1, then 2 consecutive frames -> 1 (a picture is paired with itself), then to the
-    decoder's width. Any picture size is welcome: more patches, more tokens."""
+    decoder's width. A larger picture has more patches and makes more tokens; nothing is squeezed into a fixed number."""
 
     def __init__(self, cfg: VisionConfig, width: int, eps: float):
         super().__init__()
@@ -204,13 +196,13 @@ class Resampler(nn.Module):
         self.mlp = nn.Linear(self.width, width)
         self.after_norm = RMSNorm(width, eps)
 
-    def forward(self, x: Tensor, grids: list[tuple]) -> Tensor:                            # (N, C) -> (sum of merged, D)
+    def forward(self, x: Tensor, grids: list[tuple]) -> Tensor:                            # (N, C) -> (tokens, D)
         x = self.spatial_linear(x.reshape(-1, self.width))                                 # (N/4, 4C)
         clips = x.split([t * h * w // SPATIAL_MERGE**2 for t, h, w in grids])
-        pairs = torch.cat([self.pair_frames(*clip) for clip in zip(clips, grids)])
+        pairs = torch.cat([self.pair_frames(*clip) for clip in zip(clips, grids)])         # (tokens, 8C)
         return self.after_norm(self.mlp(self.temporal_linear(pairs)))
 
-    def pair_frames(self, clip: Tensor, grid: tuple) -> Tensor:
+    def pair_frames(self, clip: Tensor, grid: tuple) -> Tensor:                            # -> (tokens, 8C)
         frames = clip.view(grid[0], -1, self.width)                                        # (t, h*w/4, 4C)
         even, odd = (frames, frames) if grid[0] == 1 else (frames[0::2], frames[1::2])
         return torch.cat((even, odd), dim=-1).flatten(0, 1)
@@ -226,17 +218,18 @@ def positions(ids: Tensor, grids: list[tuple], cfg: Config, rule: str = "officia
         h    0  1     2     3 3 3 4 4 4    6    7
         w    0  1     2     3 4 5 3 4 5    6    7
 
-    rule "hf_5_23" forgets the time axis in "largest", as transformers 5.23 does: another number after a long clip."""
+    rule "hf_5_23" leaves time out of that largest number, as transformers 5.23 does. It differs after a clip with more
+    frames than rows and columns, counted in tokens."""
     slots = is_placeholder(ids, cfg).nonzero().flatten().tolist()
     out, done, start = [], 0, 0                                  # `done` tokens have positions, the next one is `start`
     for grid in map(merged, grids):
         t, h, w = grid
-        run, slots = slots[: t * h * w], slots[t * h * w :]
-        out.append(torch.arange(start, start + run[0] - done).expand(3, -1))
-        start += run[0] - done
-        out.append(torch.cartesian_prod(*map(torch.arange, grid)).T + start)
+        tokens, slots = slots[: t * h * w], slots[t * h * w :]
+        out.append(torch.arange(start, start + tokens[0] - done).expand(3, -1))          # the text before it
+        start += tokens[0] - done
+        out.append(torch.cartesian_prod(*map(torch.arange, grid)).T + start)             # the picture
         start += max(grid[1:] if rule == "hf_5_23" else grid)
-        done = run[-1] + 1
+        done = tokens[-1] + 1
     out.append(torch.arange(start, start + len(ids) - done).expand(3, -1))
     return torch.cat(out, dim=1)
 
@@ -246,8 +239,8 @@ def is_placeholder(ids: Tensor, cfg: Config) -> Tensor:                         
 
 
 def is_vision(ids: Tensor, cfg: Config) -> Tensor:                                         # (T,) -> (T,)
-    """Which prompt tokens go to the vision experts: placeholders, and the start and end markers around them. (Two
-    other ports send the markers to text experts; Baidu's processor, transformers and vLLM do as we do.)"""
+    """Which tokens of a prompt go to the vision experts: placeholders, and the start and end markers around them, because
+    Baidu's processor labels the markers so in training."""
     markers = (cfg.image_start_token_id, cfg.image_end_token_id, cfg.video_start_token_id, cfg.video_end_token_id)
     return is_placeholder(ids, cfg) | torch.isin(ids, torch.tensor(markers))
 
@@ -255,21 +248,32 @@ def is_vision(ids: Tensor, cfg: Config) -> Tensor:                              
 def rope_angles(positions: Tensor, cfg: TextConfig) -> Tensor:                             # (3, T) -> (T, d/2)
     """Which axis a rotary pair follows is data: the fast pairs alternate h w h w ..., the slow ones follow time.
     Text has the same number on all axes, so for text this is ordinary rotary embedding."""
-    rows, _, times = cfg.mrope_section
+    rows, _, times = cfg.mrope_section                           # as many for rows as for columns, so they alternate
     axis = [1, 2] * rows + [0] * times                           # 22 x (h, w), then 20 x t in the released models
     return positions[axis].T.float() * frequencies(len(axis), cfg.rope_theta, positions.device)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:                           # (T, H, d) -> (T, H, d)
-    """Rotary embedding of the decoder. Channel 2i turns with channel 2i + 1:   0 1 | 2 3 | 4 5 | 6 7
-                                                                                └─┘  one pair"""
+    """Rotary embedding of the decoder. Channel 2i turns with channel 2i + 1:    0 1 | 2 3 | 4 5 | 6 7
+                                                                                 └─┘  one pair"""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).type_as(x)
 
 
 # ---------------------------------------------------------------------------------------------------- 5. decoder
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:                                                # (T, D) -> (T, D)
+        y = x.float()                        # a mean of D squares loses digits in bf16
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
 class KVCache:
-    """What one layer remembers: rotated keys and plain values, in a buffer that grows by half when it is full."""
+    """What one layer remembers: rotated keys and plain values, in a buffer that grows by half when it is full. Written in
+    place, so for inference only."""
 
     def __init__(self):
         self.length, self.buffer = 0, None
@@ -310,8 +314,11 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:              # (H, T, d), (G, S, d), (G, S, d) -> (H, T, d)
     """softmax(q kᵀ / √d) v, where the query head j reads the key head ⌊j / (H/G)⌋."""
     T, S = q.shape[1], k.shape[1]
-    if T == 1:      # one new token sees every key: the H/G heads of a group become rows of one product, nothing is repeated
-        return F.scaled_dot_product_attention(q.view(1, len(k), -1, q.shape[2]), k[None], v[None]).view_as(q)
+    if T == 1:
+        # One new token sees every key, so no mask is needed, and the H/G heads of a group become the rows of one product.
+        # Without this, keys and values would be copied for every query head: most of a step's time at long contexts.
+        return F.scaled_dot_product_attention(q.reshape(1, len(k), -1, q.shape[2]), k[None], v[None]).reshape(q.shape)
+    # is_causal lets query 0 see key 0 alone; behind a cache query 0 stands S - T keys later
     mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=T == S, enable_gqa=True)[0]
 
@@ -330,25 +337,25 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses K experts per token, in fp32 whatever the model's dtype. A bias, learned for balance, helps to choose
-    but never to weigh."""
+    """Chooses K experts per token. A bias, learned for balance, helps to choose but never to weigh. In fp32 whatever the
+    model's dtype: rounding would choose other experts where scores are close."""
 
     def __init__(self, cfg: TextConfig):
         super().__init__()
         self.k = cfg.moe_k
-        self.weight = nn.Parameter(torch.empty(cfg.moe_num_experts, cfg.hidden_size))
+        self.weight = nn.Parameter(torch.empty(cfg.moe_num_experts, cfg.hidden_size))      # filled by the loader
         self.e_score_correction_bias = nn.Parameter(torch.zeros(cfg.moe_num_experts), requires_grad=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:                                 # (T, D) -> (T, K), (T, K)
-        scores = F.linear(x.float(), self.weight).softmax(-1)                              # (T, E)
+        scores = F.linear(x.float(), self.weight.float()).softmax(-1)                      # (T, E)
         chosen = (scores + self.e_score_correction_bias).topk(self.k).indices              # (T, K)  the bias votes ...
         weights = scores.gather(-1, chosen)                                                # (T, K)  ... but has no weight
         return (weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)).type_as(x), chosen
 
 
 class Experts(nn.Module):
-    """The experts of one modality and their router. A chosen expert runs once, on all tokens that chose it; the
-    others are not touched, so with memory-mapped weights they stay on disk."""
+    """The experts of one modality and their router; it is called with the tokens of this modality alone. A chosen expert
+    runs once, on all tokens that chose it; the others are not touched, so memory-mapped weights stay on disk."""
 
     def __init__(self, cfg: TextConfig, hidden: int):
         super().__init__()
@@ -380,11 +387,11 @@ class ModalityMoE(nn.Module):
         for experts, mine in ((self.text_moe, ~is_vision), (self.vision_moe, is_vision)):
             if mine.any():
                 y[mine] = experts(x[mine])
-        return y + self.shared_experts(x) if self.shared_experts else y
+        return y if self.shared_experts is None else y + self.shared_experts(x)
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm: attention, then experts; the first layers of a model are dense."""
+    """Pre-norm: attention, then an MLP: dense in the first layers, of experts in the others."""
 
     def __init__(self, cfg: TextConfig, kind: str):
         super().__init__()
@@ -417,21 +424,23 @@ class ErnieVL(nn.Module):
         text, self.cfg = cfg.text, cfg
         self.vision_model = VisionTransformer(cfg.vision) if cfg.vision else None
         self.resampler_model = Resampler(cfg.vision, text.hidden_size, text.rms_norm_eps) if cfg.vision else None
-        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        # from_pretrained, because nn.Embedding's own random numbers cost a second on the meta device, and are not needed
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(text.vocab_size, text.hidden_size), freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(text, kind) for kind in text.mlp_layer_types)
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.lm_head = None if text.tie_word_embeddings else nn.Linear(text.hidden_size, text.vocab_size, bias=False)
 
     def forward(self, inputs: Inputs, cache: list[KVCache] | None = None, only_last: bool = False) -> Tensor:
-        """Logits of every token, (T, V), or of the last one alone, (1, V). With a cache (`new_cache`), `inputs` are
-        the tokens that follow what the cache holds."""
+        """Logits of every token, (T, V), or of the last one alone, (1, V). A cache from `new_cache` is extended in place;
+        `inputs` are then the tokens that follow what it holds, with positions that go on counting (see `generate`), and
+        a picture comes whole."""
         x = self.embed(inputs)                                                             # (T, D)
-        angles = rope_angles(inputs.positions, self.cfg.text)[:, None]                     # (T, 1, d/2)
+        angles = rope_angles(inputs.positions, self.cfg.text)[:, None]                     # (T, 1, d/2)  for all layers
         cos, sin = angles.cos(), angles.sin()
-        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers)):
+        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers), strict=True):
             x = layer(x, cos, sin, inputs.is_vision, layer_cache)                          # (T, D)
-        x = self.norm(x[-1:] if only_last else x)
-        return F.linear(x, (self.lm_head or self.embed_tokens).weight)
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(self.norm(x[-1:] if only_last else x), head.weight)
 
     def embed(self, inputs: Inputs) -> Tensor:                                             # -> (T, D)
         """Embeddings of the tokens, with the placeholders' rows overwritten by what the pictures look like."""
@@ -448,8 +457,9 @@ class ErnieVL(nn.Module):
                 position_rule: str = "official") -> Inputs:
         """A prompt as tensors on the model's device. ids: T token ids. patches: (N, 588) normalised pixels. grids: one
         (t, h, w) for every picture and clip. Raises InputError when pictures and placeholders do not fit together."""
-        ids, cfg, device = torch.tensor(ids, dtype=torch.long), self.cfg, self.embed_tokens.weight.device
-        patches, grids = torch.empty(0, 3 * PATCH**2) if patches is None else patches, [tuple(map(int, g)) for g in grids]
+        ids, cfg, device = torch.as_tensor(ids, dtype=torch.long), self.cfg, self.embed_tokens.weight.device
+        patches = torch.empty(0, 3 * PATCH**2) if patches is None else patches
+        grids = [tuple(map(int, grid)) for grid in grids]
         check_prompt(ids, patches, grids, cfg, position_rule)
         where = positions(ids, grids, cfg, position_rule)
         return Inputs(ids.to(device), where.to(device), is_vision(ids, cfg).to(device), patches.to(device), grids)
@@ -459,7 +469,9 @@ def check_prompt(ids: Tensor, patches: Tensor, grids: list[tuple], cfg: Config, 
     text = cfg.text
     if rule not in ("official", "hf_5_23"):
         raise InputError(f'the position rule {rule!r} is unknown: "official" and "hf_5_23" are the two')
-    if not 0 < len(ids) <= text.max_position_embeddings:
+    if not len(ids):
+        raise InputError("the prompt is empty: give it at least one token")
+    if len(ids) > text.max_position_embeddings:
         raise InputError(f"the prompt has {len(ids):,} tokens and the context holds {text.max_position_embeddings:,}: "
                          "use fewer or smaller pictures, or a shorter text")
     if ids.min() < 0 or ids.max() >= text.vocab_size:
@@ -469,10 +481,10 @@ def check_prompt(ids: Tensor, patches: Tensor, grids: list[tuple], cfg: Config, 
     for t, h, w in grids:
         if t < 1 or (t > 1 and t % TEMPORAL_MERGE) or h < 1 or w < 1 or h % SPATIAL_MERGE or w % SPATIAL_MERGE:
             raise InputError(f"a grid of (frames, rows, columns) = {(t, h, w)} cannot be merged: rows and columns must be "
-                             "even, frames even or 1")
+                             "even, frames 1 or even (repeat the last one)")
     rows = sum(t * h * w for t, h, w in grids)
     if patches.shape != (rows, 3 * PATCH**2):
-        raise InputError(f"the grids {grids} need patches of shape {(rows, 3 * PATCH**2)}, and these are {tuple(patches.shape)}")
+        raise InputError(f"grids {grids} need patches of shape {(rows, 3 * PATCH**2)}, and these are {tuple(patches.shape)}")
     tokens = [t * h * w for t, h, w in map(merged, grids)]
     slots = is_placeholder(ids, cfg).nonzero().flatten()
     if len(slots) != sum(tokens):
@@ -484,14 +496,14 @@ def check_prompt(ids: Tensor, patches: Tensor, grids: list[tuple], cfg: Config, 
 
 # ------------------------------------------------------------------------------------------------- 7. sampling
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
-    """One token id from the logits (V,). Temperature 0 takes the likeliest. top_k 0 and top_p 1 leave all in play."""
+    """One token id from the logits (V,). Temperature 0 takes the likeliest. Otherwise a draw among the top_k likeliest
+    (0: all), and of these among the fewest that hold the share top_p of their probability."""
     if temperature == 0:
         return int(logits.argmax())
-    probs, order = (logits / temperature).softmax(-1).sort(descending=True)                # (V,), (V,)
-    outside = probs.cumsum(-1) - probs >= top_p          # keep the smallest set of likeliest tokens with mass top_p
-    outside[0] = False
-    outside[top_k or len(probs) :] = True
-    return int(order[torch.multinomial(probs.masked_fill(outside, 0), 1, generator=generator)])
+    logits, order = logits.sort(descending=True)                                           # (V,), (V,)
+    probs = ((logits - logits[0]) / temperature)[: top_k or None].softmax(-1)
+    probs[probs.cumsum(-1) - probs >= top_p] = 0          # those that are likelier hold top_p already
+    return int(order[torch.multinomial(probs, 1, generator=generator)])
 
 
 def penalize(logits: Tensor, seen: list[int], penalty: float) -> Tensor:                   # (V,) -> (V,)
@@ -507,10 +519,13 @@ def generate(model: ErnieVL, inputs: Inputs, max_new_tokens: int = 1024, stop: t
              seed: int | None = None, forbidden: tuple[int, ...] = ()) -> Iterator[int]:
     """Yields token ids one by one, until one of `stop` (not yielded) or the end of the context. The prompt runs once,
     with its pictures; then one token a step. `forbidden` ids are never chosen. The same seed gives the same ids."""
-    generator = torch.Generator()
-    generator.seed() if seed is None else generator.manual_seed(seed)
+    generator = torch.Generator()       # on the CPU, like the logits below: a seed means the same on every device
+    if seed is not None:
+        generator.manual_seed(seed)
+    else:
+        generator.seed()
     cache, seen, forbidden = model.new_cache(), inputs.ids.tolist(), list(forbidden)
-    text_alone = inputs._replace(patches=inputs.patches[:0], grids=[], is_vision=torch.zeros_like(inputs.is_vision[:1]))
+    step = inputs._replace(patches=inputs.patches[:0], grids=[], is_vision=torch.zeros_like(inputs.is_vision[:1]))
     for _ in range(min(max_new_tokens, model.cfg.text.max_position_embeddings - len(seen))):
         logits = model(inputs, cache, only_last=True)[0].float().cpu()                     # (V,)
         logits[forbidden] = -torch.inf
@@ -521,4 +536,4 @@ def generate(model: ErnieVL, inputs: Inputs, max_new_tokens: int = 1024, stop: t
             return
         yield token
         seen.append(token)      # whatever it says, it goes to the text experts, one step further on all three axes
-        inputs = text_alone._replace(ids=inputs.ids.new_tensor([token]), positions=inputs.positions[:, -1:] + 1)
+        inputs = step._replace(ids=inputs.ids.new_tensor([token]), positions=inputs.positions[:, -1:] + 1)

@@ -31,7 +31,8 @@ def at_least(smallest: float, kind: type, what: str = ""):
         except ValueError:
             value = None
         if value is None or not smallest <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not {'a whole number' if kind is int else 'a number'} of {smallest} or more{what}")
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text} is not {name} of {smallest} or more{what}")
         return value
     return check
 
@@ -45,29 +46,29 @@ def share(text: str) -> float:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    ask = parser.add_argument_group("what to ask")
-    ask.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture; give it again for more of them")
-    ask.add_argument("--prompt", metavar="TEXT", help="the question (default with a picture: Describe this image.)")
-    ask.add_argument("--system", metavar="TEXT", help="a system message before the question")
-    ask.add_argument("--think", action=argparse.BooleanOptionalAction, help="reason before answering, or not (default: as the checkpoint was made)")
-    ask.add_argument("--max-pixels", metavar="N", type=at_least(28 * 28, int, ": one token takes 28 x 28 pixels"),
-                     help="resize pictures to at most N pixels: fewer tokens, faster, less detail")
-    model = parser.add_argument_group("which model")
-    model.add_argument("--model", metavar="FOLDER", default=str(TINY), help="a checkpoint folder, or a hub id in the local Hugging Face "
-                       "cache (default: the bundled tiny/, which knows coloured shapes)")
-    model.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes cuda, then mps, then cpu")
-    model.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto keeps what the checkpoint stores")
-    how = parser.add_argument_group("how to answer")
-    how.add_argument("--max-new-tokens", metavar="N", type=at_least(1, int), default=1024, help="longest answer (default: %(default)s)")
-    how.add_argument("--temperature", metavar="X", type=at_least(0, float), default=0.0, help="0, the default, takes the likeliest token")
-    how.add_argument("--top-k", metavar="N", type=at_least(0, int), default=0, help="draw among the N likeliest tokens (default: all)")
-    how.add_argument("--top-p", metavar="X", type=share, default=1.0, help="draw among the likeliest tokens that sum to X (default: 1)")
-    how.add_argument("--repetition-penalty", metavar="X", type=at_least(1e-3, float), default=1.0, help="above 1: repeats become less likely")
-    how.add_argument("--seed", metavar="N", type=at_least(0, int), help="the same seed gives the same answer (default: another each time)")
-    out = parser.add_argument_group("what to print")
-    out.add_argument("--json", action="store_true", help="one JSON object: answer, token counts, seconds by stage")
-    out.add_argument("--save-logits", metavar="FILE", type=Path, help="do not answer: run the prompt once and write its inputs and the "
-                     "logits of every token in fp32, to check other implementations against")
+    add = parser.add_argument_group("what to ask").add_argument
+    add("--image", metavar="FILE", action="append", default=[], help="a picture; give it again for more of them")
+    add("--prompt", metavar="TEXT", help="the question (default with a picture: Describe this image.)")
+    add("--system", metavar="TEXT", help="a system message before the question")
+    add("--think", action=argparse.BooleanOptionalAction, help="reason before answering, or not (default: as the checkpoint was made)")
+    add("--max-pixels", metavar="N", type=at_least(28 * 28, int, ": one token takes 28 x 28 pixels"),
+        help="resize pictures to at most N pixels: fewer tokens, faster, less detail")
+    add = parser.add_argument_group("which model").add_argument
+    add("--model", metavar="FOLDER", default=str(TINY), help="a checkpoint folder, or a hub id in the local Hugging Face cache "
+        "(default: the bundled tiny/, which knows coloured shapes)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes cuda, then mps, then cpu")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto keeps what the checkpoint stores")
+    add = parser.add_argument_group("how to answer").add_argument
+    add("--max-new-tokens", metavar="N", type=at_least(1, int), default=1024, help="longest answer (default: %(default)s)")
+    add("--temperature", metavar="X", type=at_least(0, float), default=0.0, help="0, the default, takes the likeliest token")
+    add("--top-k", metavar="N", type=at_least(0, int), default=0, help="draw among the N likeliest tokens (default: all)")
+    add("--top-p", metavar="X", type=share, default=1.0, help="draw among the likeliest tokens that sum to X (default: 1)")
+    add("--repetition-penalty", metavar="X", type=at_least(0.01, float), default=1.0, help="above 1, repeats become less likely")
+    add("--seed", metavar="N", type=at_least(0, int), help="the same seed gives the same answer (default: another each time)")
+    add = parser.add_argument_group("what to print").add_argument
+    add("--json", action="store_true", help="one JSON object: answer, token counts, seconds by stage")
+    add("--save-logits", metavar="FILE", type=Path, help="do not answer: run the prompt once and write its inputs and the logits "
+        "of every token in fp32, to check other implementations against")
     args = parser.parse_args(argv)
     if args.prompt is None and not args.image:
         parser.error("nothing to answer: give --image FILE, --prompt TEXT, or both")
@@ -124,9 +125,10 @@ def run(args: argparse.Namespace) -> None:
         f"{next(names)} {image.width} x {image.height} -> {size[0]} x {size[1]} -> {tokens:,} tokens"))
     clock.lap("pictures")
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = load(folder, device, dtype, progress=lambda done, all: done % 100 or say(f"loading {folder.name}: {100 * done // all} %", redraw=True))
-    clock.lap("load")
-    say(f"{folder.name} loaded on {device} in {clock.seconds['load']:.1f} s")
+    model = load(folder, device, dtype, lambda done, all: done % 100 or say(f"loading {folder.name}: {100 * done // all} %", redraw=True))
+    say(f"{folder.name} loaded on {device} in {clock.lap('load'):.1f} s")
+    if sum(p.numel() for p in model.parameters()) < 1e7:
+        torch.set_num_threads(1)        # so small a model is faster when threads need not wait for one another
     inputs = model.prepare(*prompt)
     if args.save_logits:
         save_logits(model, inputs, args.save_logits)
@@ -172,14 +174,15 @@ def answer(model, tokenizer, inputs, clock: Clock, args: argparse.Namespace) -> 
 def report(text: str, tokens: int, ended: str, inputs, clock: Clock, args: argparse.Namespace) -> None:
     from ernie_vl import merged
 
+    seconds, pictures = clock.seconds, sum(math.prod(merged(grid)) for grid in inputs.grids)
     if args.json:
-        print(json.dumps({"answer": text, "finish_reason": ended, "prompt_tokens": len(inputs.ids), "picture_tokens": sum(math.prod(merged(g)) for g in inputs.grids),
-                          "answer_tokens": tokens, "seconds": {k: round(v, 4) for k, v in clock.seconds.items()}}, ensure_ascii=False))
+        print(json.dumps({"answer": text, "finish_reason": ended, "prompt_tokens": len(inputs.ids), "picture_tokens": pictures,
+                          "answer_tokens": tokens, "seconds": {stage: round(s, 4) for stage, s in seconds.items()}}, ensure_ascii=False))
     else:
         print(flush=True)
-    after = clock.seconds.get("other_tokens", 0)
-    speed = f", then {(tokens - 1) / after:.1f} tokens/s" if tokens > 1 and after else ""
-    say(f"{len(inputs.ids):,} tokens read, first token after {clock.seconds['first_token']:.2f} s{speed}; {tokens} tokens in {sum(clock.seconds.values()):.1f} s")
+    speed = f", then {(tokens - 1) / seconds['other_tokens']:.1f} tokens/s" if tokens > 1 else ""
+    say(f"{len(inputs.ids):,} tokens read, first token after {seconds['first_token']:.2f} s{speed}; "
+        f"{tokens:,} tokens in {sum(seconds.values()):.1f} s")
 
 
 def save_logits(model, inputs, path: Path) -> None:

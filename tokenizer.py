@@ -8,7 +8,6 @@ What the model sees of a question about a picture, and where its answer begins (
 writes control tokens. The same characters in a text that somebody typed are encoded as the characters they are.
 """
 import codecs
-import json
 import math
 import re
 import warnings
@@ -22,6 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ernie_vl import PATCH, SPATIAL_MERGE, InputError, merged
+from load_weights import read_json
 
 FACTOR = PATCH * SPATIAL_MERGE                           # 28: sides of a resized picture are multiples of this
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 6177 * FACTOR**2       # of the released checkpoints' own processor: 4 to 6,177 tokens
@@ -43,11 +43,11 @@ class Tokenizer:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError) as error:
             raise InputError(f"{file} is not a SentencePiece model ({error}): download it again") from None
-        self.settings = read_settings(self.folder / "tokenizer_config.json")
+        self.settings = read_json(self.folder / "tokenizer_config.json", {})
         self.special = self.read_special()
         self.names = {id: name for name, id in self.special.items()}
         self.control = re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))))
-        eos = read_settings(self.folder / "generation_config.json").get("eos_token_id") or []
+        eos = read_json(self.folder / "generation_config.json", {}).get("eos_token_id") or []
         ends = [self.special[name] for name in ("</s>", "<|end_of_sentence|>", "<|im_end|>") if name in self.special]
         self.stop = tuple({*(eos if isinstance(eos, list) else [eos]), *ends})
 
@@ -55,16 +55,16 @@ class Tokenizer:
         """Control tokens by name: those in the SentencePiece model, and those that the folder adds. Digits are pieces too,
         and some files list them here, but they are ordinary text."""
         names = {self.pieces.id_to_piece(i): i for i in range(len(self.pieces)) if self.pieces.is_control(i)}
-        listed = [*read_settings(self.folder / "special_tokens_map.json").values(), *self.settings.values()]
+        listed = [*read_json(self.folder / "special_tokens_map.json", {}).values(), *self.settings.values()]
         for value in listed:
             for name in value if isinstance(value, list) else [value]:
                 name = name.get("content") if isinstance(name, dict) else name
                 if isinstance(name, str) and self.pieces.piece_to_id(name) != self.pieces.unk_id():
                     names[name] = self.pieces.piece_to_id(name)
-        names |= read_settings(self.folder / "added_tokens.json")
+        names |= read_json(self.folder / "added_tokens.json", {})
         names |= {token["content"]: int(id) for id, token in self.settings.get("added_tokens_decoder", {}).items()}
         if "<|IMAGE_PLACEHOLDER|>" not in names:
-            names |= {token["content"]: token["id"] for token in read_settings(self.folder / "tokenizer.json").get("added_tokens", [])}
+            names |= {token["content"]: token["id"] for token in read_json(self.folder / "tokenizer.json", {}).get("added_tokens", [])}
         return {name: id for name, id in names.items() if len(name) > 1}
 
     def encode(self, text: str, control: bool = False) -> list[int]:
@@ -88,14 +88,6 @@ class Tokenizer:
         """Ids that no answer may contain: media tokens, and rows of the embedding that no token owns."""
         allowed = re.compile(r"</?(think|tool_call|response)>|<\|LOC_.*")
         return tuple(i for i in range(len(self.pieces), vocab_size) if not allowed.fullmatch(self.names.get(i, "")))
-
-
-def read_settings(path: Path) -> dict:
-    """An optional JSON file beside the tokenizer."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}): download it again") from None
 
 
 codecs.register_error("one mark a byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
@@ -253,7 +245,7 @@ def pixel_budget(folder: Path) -> tuple[int, int]:
     """(fewest, most) pixels of a resized picture, from `size` in the folder's preprocessor_config.json, as transformers
     writes it. The released folders have other keys there, min_pixels and max_pixels, which their own processor does not
     follow either: for them the figures above hold."""
-    size = read_settings(Path(folder) / "preprocessor_config.json").get("size") or {}
+    size = read_json(Path(folder) / "preprocessor_config.json", {}).get("size") or {}
     return size.get("shortest_edge", MIN_PIXELS), size.get("longest_edge", MAX_PIXELS)
 
 
