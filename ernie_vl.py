@@ -475,7 +475,8 @@ def check_prompt(ids: Tensor, patches: Tensor, grids: list[tuple], cfg: Config, 
         raise InputError(f"the prompt has {len(ids):,} tokens and the context holds {text.max_position_embeddings:,}: "
                          "use fewer or smaller pictures, or a shorter text")
     if ids.min() < 0 or ids.max() >= text.vocab_size:
-        raise InputError(f"token ids must lie in 0..{text.vocab_size - 1}, and these reach from {ids.min()} to {ids.max()}")
+        raise InputError(f"token ids must lie in 0..{text.vocab_size - 1}, and these reach from {ids.min()} to {ids.max()}: "
+                         "encode the prompt with this checkpoint's own tokenizer")
     if grids and not cfg.vision:
         raise InputError("this is a text-only checkpoint: ask it without a picture")
     for t, h, w in grids:
@@ -501,7 +502,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     if temperature == 0:
         return int(logits.argmax())
     logits, order = logits.sort(descending=True)                                           # (V,), (V,)
-    probs = ((logits - logits[0]) / temperature)[: top_k or None].softmax(-1)
+    probs = ((logits - logits[0]).double() / temperature)[: top_k or None].softmax(-1)
     probs[probs.cumsum(-1) - probs >= top_p] = 0          # those that are likelier hold top_p already
     return int(order[torch.multinomial(probs, 1, generator=generator)])
 

@@ -6,11 +6,16 @@ Reads the released "-PT" checkpoints of ERNIE-4.5-VL (28B-A3B, 28B-A3B-Thinking,
 (21B-A3B, 300B-A47B, 0.3B), and whatever transformers saves of them. On the CPU, a tensor in its stored dtype is mapped
 and not read: its pages come from the file when a token first needs them, and experts that nobody picks stay on disk.
 """
+import os
+import signal
+
+if __name__ == "__main__":      # Ctrl-C ends the program at once, also while the libraries are loading
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import difflib
 import json
 import math
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -34,8 +39,17 @@ FAMILIES = {  # model_type -> what it is
 # --------------------------------------------------------------------------------- 1. config.json -> Config
 def read_config(raw: dict) -> Config:
     """Both layouts; fields as lists, scalars, null or absent. Raises InputError for what no released model has."""
+    try:
+        return read_fields(raw)
+    except InputError:
+        raise
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise InputError(f"config.json has a field of a wrong type ({error}): download it again") from None
+
+
+def read_fields(raw: dict) -> Config:
     kind, vision = raw.get("model_type"), raw.get("vision_config")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"config.json says model_type {kind!r}, and these can be loaded: {', '.join(FAMILIES)}")
     if "VL" in FAMILIES[kind] and not vision:
         raise InputError(f"config.json says model_type {kind!r} and has no vision_config: is it the right file?")
@@ -48,19 +62,27 @@ def read_config(raw: dict) -> Config:
 def read_text_config(raw: dict, tied: bool, vision: bool) -> TextConfig:
     expect(raw, hidden_act="silu", use_bias=False, moe_gate="topk", moe_gate_act="softmax", moe_norm_gate_logits=True,
            moe_group_experts=False, moe_use_token_type_bias=False, compression_ratio=1.0)
-    head_dim = raw.get("head_dim") or need(raw, "hidden_size") // need(raw, "num_attention_heads")
+    heads, key_heads = count(raw, "num_attention_heads"), count(raw, "num_key_value_heads")
+    head_dim = count(raw, "head_dim") if raw.get("head_dim") else count(raw, "hidden_size") // heads
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     expect(rope, rope_type="default", type="default")
-    types = mlp_layer_types(raw, need(raw, "num_hidden_layers"))
+    types = mlp_layer_types(raw, count(raw, "num_hidden_layers", 1000))
     experts, widths = (listed(raw.get(name), 0) for name in ("moe_num_experts", "moe_intermediate_size"))
+    shared = raw.get("moe_num_shared_experts") or 0
     if len(set(experts)) > 1:
         raise InputError(f"config.json gives the modalities unequal numbers of experts, {experts}, and they must be equal")
     if "sparse" in types:
         expect(raw, moe_use_aux_free=True)
+        fits(count(raw, "moe_k") <= experts[0] <= 10_000 and all(map(is_count, widths)), "moe_k, experts and widths")
+        fits(not shared or is_count(shared, 1000), "moe_num_shared_experts")
+    fits(heads % key_heads == 0 and head_dim % 2 == 0, "numbers of heads and their width")
+    fits(0 < need(raw, "rms_norm_eps") < 1, "rms_norm_eps")
     return TextConfig(
-        **{name: need(raw, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
-                                              "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")},
+        **{name: count(raw, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")},
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
         head_dim=head_dim,
+        rms_norm_eps=raw["rms_norm_eps"],
         rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 500_000),
         mrope_section=mrope_section(rope.get("mrope_section"), raw.get("freq_allocation", 20 if vision else 0), head_dim // 2),
         tie_word_embeddings=tied,
@@ -68,7 +90,7 @@ def read_text_config(raw: dict, tied: bool, vision: bool) -> TextConfig:
         moe_num_experts=experts[0],
         moe_intermediate_size=(widths[0], widths[-1]) if vision else (widths[0],),
         moe_k=raw.get("moe_k", 0),
-        moe_num_shared_experts=raw.get("moe_num_shared_experts") or 0,
+        moe_num_shared_experts=shared,
     )
 
 
@@ -80,8 +102,10 @@ def read_vision_config(vision: dict | None, raw: dict) -> VisionConfig | None:
     expect(vision.get("rope_parameters") or {}, rope_type="axial", rope_theta=10_000)
     expect(raw, spatial_conv_size=SPATIAL_MERGE, temporal_conv_size=TEMPORAL_MERGE, use_temporal_conv=True,
            pixel_hidden_size=vision["hidden_size"])
-    width = vision.get("intermediate_size") or int(vision["hidden_size"] * need(vision, "mlp_ratio"))
-    return VisionConfig(need(vision, "depth"), vision["hidden_size"], width, need(vision, "num_heads"))
+    width, heads = count(vision, "hidden_size"), count(vision, "num_heads")
+    inner = vision.get("intermediate_size") or width * need(vision, "mlp_ratio")
+    fits(width % (4 * heads) == 0 and 0 < inner < 10**7, "widths and heads of vision_config")
+    return VisionConfig(count(vision, "depth", 1000), width, int(inner), heads)
 
 
 def read_token_ids(raw: dict, vision: dict | None) -> dict:
@@ -91,14 +115,16 @@ def read_token_ids(raw: dict, vision: dict | None) -> dict:
     ids = {"image_token_id": image, "video_token_id": raw.get("video_token_id", image)}
     usual = {"image_start": 101304, "image_end": 101305, "video_start": 101306, "video_end": 101307}
     ids |= {f"{name}_token_id": raw.get(f"{name}_token_id", id) for name, id in usual.items()}
+    fits(all(map(is_count, ids.values())), "ids of the media tokens")
     return ids if vision else dict.fromkeys(ids, -1)
 
 
 def mlp_layer_types(raw: dict, layers: int) -> tuple[str, ...]:
     """Nested: a list. Flat: bounds, one number or one a modality, which may reach past the last layer; null or -1 means
     the last layer. A model without experts has neither."""
-    if raw.get("mlp_layer_types"):
-        return tuple(raw["mlp_layer_types"])
+    if types := tuple(raw.get("mlp_layer_types") or ()):
+        fits(len(types) == layers and set(types) <= {"dense", "sparse"}, "mlp_layer_types and num_hidden_layers")
+        return types
     if not raw.get("moe_num_experts"):
         return ("dense",) * layers
     start, end = min(listed(raw.get("moe_layer_start_index"), 0)), max(listed(raw.get("moe_layer_end_index"), -1))
@@ -109,7 +135,7 @@ def mlp_layer_types(raw: dict, layers: int) -> tuple[str, ...]:
 def mrope_section(given: list | None, times: int, pairs: int) -> tuple[int, int, int]:
     """(h, w, t). In a text-only model the three positions are equal, and the split has no effect."""
     section = tuple(given or ((pairs - times) // 2, (pairs - times) // 2, times))
-    if len(section) != 3 or sum(section) != pairs or section[0] != section[1]:
+    if len(section) != 3 or sum(section) != pairs or section[0] != section[1] or min(section) < 0:
         raise InputError(f"config.json divides the rotary pairs into (h, w, t) = {section}; h must equal w, the sum be {pairs}")
     return section
 
@@ -118,6 +144,20 @@ def need(raw: dict, name: str):
     if raw.get(name) is None:
         raise InputError(f"config.json has no {name}: is it the file of an ERNIE-4.5 checkpoint?")
     return raw[name]
+
+
+def is_count(value, most: int = 10**7) -> bool:
+    return type(value) is int and 0 < value <= most
+
+
+def count(raw: dict, name: str, most: int = 10**7) -> int:
+    fits(is_count(need(raw, name), most), name)
+    return raw[name]
+
+
+def fits(condition: bool, what: str) -> None:
+    if not condition:
+        raise InputError(f"the {what} in config.json cannot be right: download the file again")
 
 
 def expect(raw: dict, **values) -> None:
@@ -221,8 +261,8 @@ def find_folder(model: str) -> Path:
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{model.replace('/', '--')}"
     main = cache / "refs" / "main"
-    newest = main.read_text().strip() if main.is_file() else ""
-    snapshots = sorted(cache.glob("snapshots/*"), key=lambda folder: (folder.name == newest, folder.stat().st_mtime))
+    newest = main.read_text(errors="replace").strip() if main.is_file() else ""
+    snapshots = sorted(filter(Path.is_dir, cache.glob("snapshots/*")), key=lambda folder: (folder.name == newest, folder.stat().st_mtime))
     if not snapshots:
         raise InputError(f"{model} is neither a folder nor a model in the local Hugging Face cache; to download one: "
                          "pip install huggingface_hub && hf download baidu/ERNIE-4.5-VL-28B-A3B-PT")
@@ -234,11 +274,13 @@ def read_json(path: Path, absent: dict | None = None) -> dict:
     if absent is not None and not path.is_file():
         return absent
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: is {path.parent} a checkpoint folder?") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}): download it again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be opened: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no valid JSON ({error}): download it again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds no JSON object: download it again")
     return value
@@ -249,7 +291,10 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     is not there (yet)."""
     index, found = folder / "model.safetensors.index.json", {}
     if index.is_file():
-        found = {name: Stored(name, folder / file) for name, file in need(read_json(index), "weight_map").items()}
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) and Path(file).name == file for file in files.values()):
+            raise InputError(f"{index} has no weight_map from tensors to files beside it: download it again")
+        found = {name: Stored(name, folder / file) for name, file in files.items()}
     for file in sorted({stored.file for stored in found.values()} or folder.glob("*.safetensors")):
         if file.is_file():
             found |= read_header(file)
@@ -262,7 +307,9 @@ def read_header(file: Path) -> dict[str, Stored]:
         with safe_open(file, framework="pt"), open(file, "rb") as raw:      # the library checks the whole header
             start = 8 + int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(start - 8))
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise InputError(f"{file} cannot be opened: {error.strerror or error}") from None
+    except SafetensorError as error:
         raise InputError(f"{file} is truncated or damaged ({error}): download it again") from None
     header.pop("__metadata__", None)
     return {name: Stored(name, file, at["shape"], at["dtype"], start + at["data_offsets"][0]) for name, at in header.items()}
@@ -291,7 +338,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 break
     used = {source.stored.name for source in sources.values()}
     used |= {"lm_head.weight"} if cfg.text.tie_word_embeddings else set()       # may be stored all the same
-    missing, surplus = [ours for ours in parameters if ours not in sources], [s.name for s in stored.values() if s.name not in used]
+    missing = [ours for ours in parameters if ours not in sources]
+    surplus = [s.name for s in stored.values() if s.name not in used]
     return Checkpoint(folder, raw["model_type"], cfg, model, sources, missing, surplus, wrong_shape)
 
 
@@ -315,7 +363,7 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None,
     """The model of a folder, strictly: every parameter from a file, every tensor of the files used.
 
     dtype None keeps what is stored (fp16 becomes fp32: it would overflow). Routers and their biases are fp32 whatever is
-    stored, as in training. progress(done, all) is called as tensors arrive. Raises InputError."""
+    stored, as in training. progress(done, all) is called now and then with numbers of tensors. Raises InputError."""
     checkpoint = open_checkpoint(Path(folder))
     check_complete(checkpoint)
     by_file: dict[Path, list[str]] = {}
@@ -328,7 +376,8 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None,
             stored, take, e = checkpoint.sources[ours]
             tensor = take(mapped(storage, stored), e, checkpoint.cfg)
             state[ours] = tensor.to(device, wanted_dtype(ours, tensor.dtype, dtype))
-            progress(len(state), len(checkpoint.sources))
+            if len(state) % 100 == 0:
+                progress(len(state), len(checkpoint.sources))
     checkpoint.model.load_state_dict(state, strict=True, assign=True)
     return checkpoint.model.eval()
 
@@ -388,14 +437,17 @@ def summary(checkpoint: Checkpoint) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check a checkpoint folder and print what it holds.")
     parser.add_argument("folder", help="a folder with config.json and weights (or their index), or a hub id in the local cache")
+    parser.error = lambda message: parser.exit(2, f"error: {message} (python load_weights.py --help)\n")
     try:
         checkpoint = open_checkpoint(find_folder(parser.parse_args().folder))
-    except InputError as error:
+        print("\n".join([summary(checkpoint), *checkpoint.problems(20)]), flush=True)
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join([summary(checkpoint), *checkpoint.problems(20)]))
     return 2 if checkpoint.problems(1) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)      # nothing is left to interrupt
+    sys.exit(code)

@@ -7,11 +7,17 @@
 
 The answer goes to stdout as it is produced, everything else to stderr. Exit code 2: something given cannot be used.
 """
+import os
+import signal
+
+if __name__ == "__main__":      # Ctrl-C ends the program at once, also while the libraries are loading
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import json
 import math
-import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,7 +36,7 @@ def at_least(smallest: float, kind: type, what: str = ""):
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not smallest <= value < float("inf"):
+        if value is None or not smallest <= value < 2**63:
             name = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text} is not {name} of {smallest} or more{what}")
         return value
@@ -50,7 +56,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--image", metavar="FILE", action="append", default=[], help="a picture; give it again for more of them")
     add("--prompt", metavar="TEXT", help="the question (default with a picture: Describe this image.)")
     add("--system", metavar="TEXT", help="a system message before the question")
-    add("--think", action=argparse.BooleanOptionalAction, help="reason before answering, or not (default: as the checkpoint was made)")
+    add("--think", action=argparse.BooleanOptionalAction, help="reason before answering, or not (default: what the checkpoint "
+        "was made for)")
     add("--max-pixels", metavar="N", type=at_least(28 * 28, int, ": one token takes 28 x 28 pixels"),
         help="resize pictures to at most N pixels: fewer tokens, faster, less detail")
     add = parser.add_argument_group("which model").add_argument
@@ -78,9 +85,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------ running one turn
 def say(line: str = "", redraw: bool = False) -> None:
     """A line on stderr. Only in a terminal may it draw over itself; elsewhere what would be drawn over is left out."""
-    terminal = sys.stderr.isatty()
-    if terminal or not redraw:
-        print(f"\r\033[K{line}" if terminal else line, end="" if redraw else "\n", file=sys.stderr, flush=True)
+    try:
+        terminal = sys.stderr.isatty()
+        if terminal or not redraw:
+            print(f"\r\033[K{line}" if terminal else line, end="" if redraw else "\n", file=sys.stderr, flush=True)
+    except (OSError, AttributeError):
+        pass        # nobody reads stderr: the answer still counts
 
 
 class Clock:
@@ -106,9 +116,9 @@ def pick_device(asked: str) -> str:
 
 
 def check_output(path: Path) -> None:
-    """Before minutes of work, not after them."""
+    """Before minutes of work, not after them. Only an ordinary file may be replaced, never a device or a folder."""
     from ernie_vl import InputError
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.exists() and not path.is_file() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f"{path} cannot be written: name a file in a folder that exists and is yours")
 
 
@@ -118,6 +128,7 @@ def run(args: argparse.Namespace) -> None:
     from tokenizer import Tokenizer, encode_chat
 
     if args.save_logits:
+        args.save_logits = args.save_logits.resolve()
         check_output(args.save_logits)
     clock, device, folder = Clock(), pick_device(args.device), find_folder(args.model)
     tokenizer, names = Tokenizer(folder), iter(args.image)
@@ -125,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
         f"{next(names)} {image.width} x {image.height} -> {size[0]} x {size[1]} -> {tokens:,} tokens"))
     clock.lap("pictures")
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = load(folder, device, dtype, lambda done, all: done % 100 or say(f"loading {folder.name}: {100 * done // all} %", redraw=True))
+    model = load(folder, device, dtype, lambda done, all: say(f"loading {folder.name}: {100 * done // all} %", redraw=True))
     say(f"{folder.name} loaded on {device} in {clock.lap('load'):.1f} s")
     if sum(p.numel() for p in model.parameters()) < 1e7:
         torch.set_num_threads(1)        # so small a model is faster when threads need not wait for one another
@@ -149,23 +160,28 @@ def answer(model, tokenizer, inputs, clock: Clock, args: argparse.Namespace) -> 
     from tokenizer import Stream
 
     stream, text, tokens, ended = Stream(tokenizer, keep=("<think>", "</think>")), "", 0, "stop"
+    most = min(args.max_new_tokens, model.cfg.text.max_position_embeddings - len(inputs.ids))
+    at_once = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def show(piece: str) -> None:
         nonlocal text
         text += piece
         if not args.json:
             print(piece, end="", flush=True)
+
     try:
-        for id in generate(model, inputs, args.max_new_tokens, tokenizer.stop, args.temperature, args.top_k, args.top_p,
+        for id in generate(model, inputs, most, tuple(tokenizer.stop), args.temperature, args.top_k, args.top_p,
                            args.repetition_penalty, args.seed, tokenizer.forbidden(model.cfg.text.vocab_size)):
             if not tokens:
                 clock.lap("first_token")
             tokens += 1
             show(stream.push(id))
-        ended = "length" if tokens == args.max_new_tokens else "stop"
+        ended = "length" if tokens == most else "stop"
     except KeyboardInterrupt:
         ended = "interrupted"
         raise
     finally:
+        signal.signal(signal.SIGINT, at_once)
         show(stream.flush())
         clock.lap("other_tokens" if tokens else "first_token")
         report(text, tokens, ended, inputs, clock, args)
@@ -176,8 +192,9 @@ def report(text: str, tokens: int, ended: str, inputs, clock: Clock, args: argpa
 
     seconds, pictures = clock.seconds, sum(math.prod(merged(grid)) for grid in inputs.grids)
     if args.json:
-        print(json.dumps({"answer": text, "finish_reason": ended, "prompt_tokens": len(inputs.ids), "picture_tokens": pictures,
-                          "answer_tokens": tokens, "seconds": {stage: round(s, 4) for stage, s in seconds.items()}}, ensure_ascii=False))
+        reply = {"answer": text, "finish_reason": ended, "prompt_tokens": len(inputs.ids), "picture_tokens": pictures,
+                 "answer_tokens": tokens, "seconds": {stage: round(s, 4) for stage, s in seconds.items()}}
+        print(json.dumps(reply, ensure_ascii=False), flush=True)
     else:
         print(flush=True)
     speed = f", then {(tokens - 1) / seconds['other_tokens']:.1f} tokens/s" if tokens > 1 else ""
@@ -186,38 +203,52 @@ def report(text: str, tokens: int, ended: str, inputs, clock: Clock, args: argpa
 
 
 def save_logits(model, inputs, path: Path) -> None:
+    """The file appears when it is complete; until then, and if that fails, whatever stood there stays."""
     import torch
+    from ernie_vl import InputError
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with torch.inference_mode():
         logits = model(inputs).float()
     tensors = {**inputs._asdict(), "grids": torch.tensor(inputs.grids, dtype=torch.long).view(-1, 3), "logits": logits}
-    unfinished = path.with_name(path.name + ".unfinished")
     try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, Path(folder) / "logits")
+            os.replace(Path(folder) / "logits", path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} could not be written ({error}): is there room on the disk?") from None
     say(f"wrote {path}: " + ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()))
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        from ernie_vl import InputError     # here, so that --help is instant and Ctrl-C is answered from the first second
-        sys.stdout.reconfigure(errors="replace")
+        from ernie_vl import InputError     # torch comes in here, so that --help and wrong options are answered at once
+        if sys.stdout:
+            sys.stdout.reconfigure(errors="replace")
         try:
             run(args)
         except InputError as error:
             say(f"error: {error}")
             return 2
-        except (MemoryError, OSError) as error:
-            say(f"error: {error or 'not enough memory'}")
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            say("error: there is not enough memory for this: try --max-pixels, --dtype bfloat16 or a shorter prompt")
             return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:                 # whoever read the answer has had enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except OSError as error:
+        say(f"error: {error}")
+        return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)      # nothing is left to interrupt
+    sys.exit(code)

@@ -35,36 +35,41 @@ class Tokenizer:
     """A SentencePiece model (BPE, byte fallback, digits one by one) and the control tokens listed beside it."""
 
     def __init__(self, folder: Path):
-        """Raises InputError when the folder has no tokenizer.model, or one that cannot be read."""
+        """Raises InputError when the folder has no tokenizer.model, or files that cannot be read."""
         self.folder, file = Path(folder), Path(folder) / "tokenizer.model"
         if not file.is_file():
             raise InputError(f"{file} is missing: download it from the place the checkpoint came from")
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes() or b"empty")
         except (RuntimeError, OSError) as error:
-            raise InputError(f"{file} is not a SentencePiece model ({error}): download it again") from None
+            raise InputError(f"{file} is not a SentencePiece model that can be read ({error}): download it again") from None
         self.settings = read_json(self.folder / "tokenizer_config.json", {})
-        self.special = self.read_special()
-        self.names = {id: name for name, id in self.special.items()}
+        try:
+            self.special = self.read_special()
+            self.names = {range(10**7)[id]: name for name, id in self.special.items()}      # only whole numbers will do
+            eos = read_json(self.folder / "generation_config.json", {}).get("eos_token_id") or []
+            self.stop = {range(10**7)[id] for id in (eos if isinstance(eos, list) else [eos])}
+        except (TypeError, AttributeError, LookupError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"the JSON files beside {file} do not list tokens ({error}): download them again") from None
+        self.stop |= {self.special[name] for name in ("</s>", "<|end_of_sentence|>", "<|im_end|>") if name in self.special}
         self.control = re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))))
-        eos = read_json(self.folder / "generation_config.json", {}).get("eos_token_id") or []
-        ends = [self.special[name] for name in ("</s>", "<|end_of_sentence|>", "<|im_end|>") if name in self.special]
-        self.stop = tuple({*(eos if isinstance(eos, list) else [eos]), *ends})
 
     def read_special(self) -> dict[str, int]:
         """Control tokens by name: those in the SentencePiece model, and those that the folder adds. Digits are pieces too,
         and some files list them here, but they are ordinary text."""
         names = {self.pieces.id_to_piece(i): i for i in range(len(self.pieces)) if self.pieces.is_control(i)}
-        listed = [*read_json(self.folder / "special_tokens_map.json", {}).values(), *self.settings.values()]
-        for value in listed:
+        for key, value in [*read_json(self.folder / "special_tokens_map.json", {}).items(), *self.settings.items()]:
             for name in value if isinstance(value, list) else [value]:
                 name = name.get("content") if isinstance(name, dict) else name
-                if isinstance(name, str) and self.pieces.piece_to_id(name) != self.pieces.unk_id():
-                    names[name] = self.pieces.piece_to_id(name)
+                id = self.pieces.piece_to_id(name) if isinstance(name, str) and key.endswith(("_token", "_tokens")) else 0
+                names |= {name: id} if id != self.pieces.unk_id() else {}
         names |= read_json(self.folder / "added_tokens.json", {})
         names |= {token["content"]: int(id) for id, token in self.settings.get("added_tokens_decoder", {}).items()}
         if "<|IMAGE_PLACEHOLDER|>" not in names:
-            names |= {token["content"]: token["id"] for token in read_json(self.folder / "tokenizer.json", {}).get("added_tokens", [])}
+            added = read_json(self.folder / "tokenizer.json", {}).get("added_tokens", [])
+            names |= {token["content"]: token["id"] for token in added}
         return {name: id for name, id in names.items() if len(name) > 1}
 
     def encode(self, text: str, control: bool = False) -> list[int]:
@@ -87,7 +92,8 @@ class Tokenizer:
     def forbidden(self, vocab_size: int) -> tuple[int, ...]:
         """Ids that no answer may contain: media tokens, and rows of the embedding that no token owns."""
         allowed = re.compile(r"</?(think|tool_call|response)>|<\|LOC_.*")
-        return tuple(i for i in range(len(self.pieces), vocab_size) if not allowed.fullmatch(self.names.get(i, "")))
+        return tuple(i for i in range(len(self.pieces), vocab_size)
+                     if i not in self.stop and not allowed.fullmatch(self.names.get(i, "")))
 
 
 codecs.register_error("one mark a byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
@@ -143,7 +149,7 @@ STYLES = {
 def chat_style(tokenizer: Tokenizer) -> Style:
     """Told by the folder's own template, which we do not run. A vocabulary without <think> is a text-only relative's."""
     template = tokenizer.folder / "chat_template.jinja"
-    text = template.read_text(encoding="utf-8") if template.is_file() else str(tokenizer.settings.get("chat_template", ""))
+    text = template.read_text(encoding="utf-8", errors="replace") if template.is_file() else str(tokenizer.settings.get("chat_template", ""))
     kind = "instruct" if "<think>" in tokenizer.special else "text"
     return STYLES["thinking" if "thinking_mode" in text or "Thinking" in tokenizer.folder.resolve().name else kind]
 
@@ -181,6 +187,8 @@ def render(messages: list[dict], style: Style, think: bool | None = None) -> lis
                 raise InputError(f"a message holds an item of type {item['type']!r}, and text and image are known")
         parts += {"user": [], "assistant": literal("<|end_of_sentence|>"), "system": ["\n"]}[role]
     thinks = style.thinks if think is None else think
+    if thinks and not style.thinking:
+        raise InputError("this checkpoint was not taught to think before it answers: ask it without --think")
     return [*parts, "\nAssistant: ", *literal(style.thinking if thinks else style.silent)]
 
 
@@ -190,26 +198,29 @@ def load_picture(path: str | Path) -> Image.Image:
     animation. Raises InputError when there is no picture in the file."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)      # large; the error comes at twice the size
+            warnings.simplefilter("ignore")      # large or slightly broken, but readable
             with Image.open(path) as image:
                 return to_rgb(ImageOps.exif_transpose(image))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: check the path of the picture") from None
     except Image.DecompressionBombError:
         raise InputError(f"{path} unpacks to more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller first") from None
     except Image.UnidentifiedImageError:
         raise InputError(f"{path} is not a picture that pillow can read: convert it to PNG or JPEG") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} cannot be read as a picture ({error}): it may be cut off") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise InputError(f"{path} cannot be opened: {error.strerror}") from None
+    except Exception as error:       # pillow's readers fail on damaged files in many ways
+        raise InputError(f"{path} cannot be read as a picture ({error}): it may be cut off or damaged") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise InputError("a picture with floating-point pixels has no agreed brightness: save it with 8 or 16 bits")
+        raise InputError("floating-point pixels have no agreed brightness: save the picture with 8 or 16 bits")
     if image.mode.startswith("I"):                       # 16 bits of grey, which pillow's own conversion would clip to white
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        grey = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -219,7 +230,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def fit_size(height: int, width: int, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) nearest to the given one with sides that are multiples of 28 and an area inside the budget."""
     if min(height, width) < 1 or max(height, width) > MAX_RATIO * min(height, width):
-        raise InputError(f"a picture of {width} x {height} pixels is too narrow: the longer side may be {MAX_RATIO} times the shorter")
+        raise InputError(f"a picture of {width} x {height} pixels is too narrow: crop it until the longer side is at most "
+                         f"{MAX_RATIO} times the shorter")
     h, w = round(height / FACTOR) * FACTOR, round(width / FACTOR) * FACTOR       # a half goes to the even number
     if h * w > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -245,8 +257,12 @@ def pixel_budget(folder: Path) -> tuple[int, int]:
     """(fewest, most) pixels of a resized picture, from `size` in the folder's preprocessor_config.json, as transformers
     writes it. The released folders have other keys there, min_pixels and max_pixels, which their own processor does not
     follow either: for them the figures above hold."""
-    size = read_json(Path(folder) / "preprocessor_config.json", {}).get("size") or {}
-    return size.get("shortest_edge", MIN_PIXELS), size.get("longest_edge", MAX_PIXELS)
+    file = Path(folder) / "preprocessor_config.json"
+    size = read_json(file, {}).get("size") or {}
+    edges = [size.get("shortest_edge", MIN_PIXELS), size.get("longest_edge", MAX_PIXELS)] if isinstance(size, dict) else []
+    if not edges or not all(isinstance(edge, int) and FACTOR**2 <= edge <= 10**9 for edge in edges):
+        raise InputError(f"{file} has no numbers of pixels in size: download it again")
+    return tuple(edges)
 
 
 # ---------------------------------------------------------------------------------------- 4. conversation -> prompt
@@ -269,7 +285,10 @@ def encode_chat(tokenizer: Tokenizer, messages: list[dict], think: bool | None =
     patches, grids = [], []
     for picture in pictures:
         image = to_rgb(picture) if isinstance(picture, Image.Image) else load_picture(picture)
-        x, grid = patchify(image, fewest, min(most, max_pixels or most))
+        try:
+            x, grid = patchify(image, fewest, min(most, max_pixels or most))
+        except InputError as error:
+            raise InputError(f"{picture}: {error}") from None
         patches.append(x)
         grids.append(grid)
         seen(image, (grid[2] * PATCH, grid[1] * PATCH), math.prod(merged(grid)))

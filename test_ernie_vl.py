@@ -1,0 +1,1187 @@
+"""What is claimed of this project, as tests. No network, no GPU, no transformers: what transformers computes lies in
+reference/reference.safetensors, and reference/make_reference.py made it. Where transformers is installed, section 11
+compares live.
+
+    python -m pytest -q
+"""
+import ast
+import copy
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import types
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "reference"), str(HERE / "tiny")]
+
+import ernie_vl                                                                                     # noqa: E402
+import load_weights                                                                                 # noqa: E402
+import make_reference as ref                                                                        # noqa: E402
+import run                                                                                          # noqa: E402
+import train                                                                                        # noqa: E402
+from ernie_vl import (ErnieVL, InputError, MLP, RMSNorm, Router, attend, frequencies, generate,      # noqa: E402
+                      patch_cells, penalize, positions, rope_angles, rotate_halves, rotate_pairs, sample)
+from load_weights import load, open_checkpoint, read_config                                         # noqa: E402
+from tokenizer import (STYLES, Stream, Tokenizer, chat_style, encode_chat, fit_size, load_picture,  # noqa: E402
+                       patchify, pixel_budget, render)
+
+torch.set_grad_enabled(False)
+torch.set_num_threads(1)      # the small model is 30 times slower when two threads wait for each other
+CPU = torch.device("cpu")
+REFERENCE = load_file(HERE / "reference" / "reference.safetensors")
+SOURCE = (HERE / "ernie_vl.py").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: ref.write_checkpoint(name, root / name) for name in ref.MODELS}
+
+
+@pytest.fixture(scope="session")
+def models(folders):
+    return {name: load(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture
+def model(models):
+    return models["28b"]
+
+
+def prepared(model, prompt: str, rule: str = "official"):
+    ids, media = ref.prompt_ids(prompt)
+    patches = torch.cat([REFERENCE[f"patches.{m}"] for m in media]) if media else None
+    return model.prepare(ids, patches, [ref.GRIDS[m] for m in media], rule)
+
+
+def distance(a, b) -> float:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float((a.float() - b.float()).abs().max())
+
+
+# ------------------------------------------------------------------------------- 1. the same numbers as transformers
+@pytest.mark.parametrize("rule", ref.RULES)
+@pytest.mark.parametrize("prompt", ref.PROMPTS)
+@pytest.mark.parametrize("name", ref.MODELS)
+def test_positions_and_logits_equal_transformers(models, name, prompt, rule):
+    inputs = prepared(models[name], prompt, rule)
+    assert inputs.positions.tolist() == REFERENCE[f"{name}.{prompt}.positions.{rule}"].tolist()
+    assert distance(models[name](inputs), REFERENCE[f"{name}.{prompt}.logits.{rule}"]) < 1e-5
+
+
+@pytest.mark.parametrize("prompt", ref.PROMPTS)
+@pytest.mark.parametrize("name", ref.MODELS)
+def test_32_greedy_tokens_equal_transformers(models, name, prompt):
+    ids = list(generate(models[name], prepared(models[name], prompt, "hf_5_23"), 32, stop=()))
+    assert ids == REFERENCE[f"{name}.{prompt}.greedy"].tolist()
+
+
+@pytest.mark.parametrize("name", ref.MODELS)
+def test_every_stage_equals_transformers(models, name):
+    """Also which experts are chosen, exactly. A whole-model test alone would not say where a difference comes from."""
+    model, types = copy.deepcopy(models[name]), models[name].cfg.text.mlp_layer_types
+    routers = [(l, kind) for l in range(3) if types[l] == "sparse" for kind in ("text", "vision")]
+    paths = {"vit": "vision_model", "resampler": "resampler_model", "layer.0": "layers.0"}
+    paths |= {f"layer.{types.index('sparse')}": f"layers.{types.index('sparse')}"}
+    seen = ref.watch(model, paths | {f"router.{l}.{kind}": f"layers.{l}.mlp.{kind}_moe.gate" for l, kind in routers})
+    model(prepared(model, "mixed"))
+    for stage in paths:
+        theirs = REFERENCE[f"{name}.mixed.{stage}"]           # logits reach 4, stages up to 17: the same relative error
+        assert distance(seen[stage][0], theirs) < 1e-5 * max(1, theirs.abs().max() / 4), stage
+    for stage in (f"router.{l}.{kind}" for l, kind in routers):
+        weights, chosen = seen[stage][0]
+        assert chosen.tolist() == REFERENCE[f"{name}.mixed.{stage}.chosen"].tolist(), stage
+        assert distance(weights, REFERENCE[f"{name}.mixed.{stage}.weights"]) < 1e-5, stage
+
+
+# --------------------------------------------------------------------------------------------- 2. worked examples
+@pytest.mark.parametrize("ids, grids, rule, expected", [
+    ([1, 2, 3, 12, *[10] * 6, 13, 4, 5], [(1, 4, 6)], "official",
+     ("0 1 2 3 4 4 4 4 4 4 7 8 9", "0 1 2 3 4 4 4 5 5 5 7 8 9", "0 1 2 3 4 5 6 4 5 6 7 8 9")),
+    ([1, 14, *[11] * 8, 15, 2, 3], [(4, 4, 4)], "official",
+     ("0 1 2 2 2 2 3 3 3 3 4 5 6", "0 1 2 2 3 3 2 2 3 3 4 5 6", "0 1 2 3 2 3 2 3 2 3 4 5 6")),
+    ([1, 14, *[11] * 16, 15, 2, 3], [(8, 4, 4)], "official",
+     ("0 1 2 2 2 2 3 3 3 3 4 4 4 4 5 5 5 5 6 7 8", "0 1" + " 2 2 3 3" * 4 + " 6 7 8", "0 1" + " 2 3 2 3" * 4 + " 6 7 8")),
+    ([1, 14, *[11] * 16, 15, 2, 3], [(8, 4, 4)], "hf_5_23",
+     ("0 1 2 2 2 2 3 3 3 3 4 4 4 4 5 5 5 5 4 5 6", "0 1" + " 2 2 3 3" * 4 + " 4 5 6", "0 1" + " 2 3 2 3" * 4 + " 4 5 6")),
+    ([1, 2, 12, *[10] * 4, 13, 3, 12, *[10] * 4, 13, 4], [(1, 4, 4), (1, 2, 8)], "official",
+     ("0 1 2 3 3 3 3 5 6 7 8 8 8 8 12 13", "0 1 2 3 3 4 4 5 6 7 8 8 8 8 12 13", "0 1 2 3 4 3 4 5 6 7 8 9 10 11 12 13")),
+])
+def test_positions_of_worked_examples(model, ids, grids, rule, expected):
+    axes = positions(torch.tensor(ids), grids, model.cfg, rule).tolist()
+    assert [" ".join(map(str, axis)) for axis in axes] == list(expected)
+
+
+def test_rotary_speeds_are_the_fp32_ones_of_training():
+    speeds = frequencies(64, 500_000.0, CPU)
+    for slot, anchor in {0: 1.0, 1: 0.8146172166, 20: 1.656044088e-2, 43: 1.482533553e-4, 44: 1.207697424e-4,
+                         63: 2.455140702e-6}.items():
+        assert math.isclose(speeds[slot], anchor, rel_tol=1e-6), slot
+    assert torch.equal(speeds, 1 / 500_000.0 ** (torch.arange(0, 128, 2, dtype=torch.float32) / 128))
+    precise = 1 / 500_000 ** (torch.arange(64, dtype=torch.float64) / 64)
+    assert (100_000 * (speeds.double() - precise)).abs().max() > 1e-3                  # why float64 would be wrong here
+    assert frequencies(20, 10_000.0, CPU)[[0, 1, 19]].tolist() == pytest.approx([1, 0.630957305, 1.584893325e-4], rel=1e-6)
+
+
+def test_fast_slots_alternate_h_w_and_slow_slots_follow_time(model):
+    angles = rope_angles(torch.tensor([[7, 1, 0, 0], [11, 0, 1, 0], [13, 0, 0, 1]]), model.cfg.text)
+    anchors = {0: 11.0, 1: 10.59002399, 2: 7.29961395, 43: 0.00192729, 44: 0.00084539, 63: 1.7186e-5}
+    assert angles[0][list(anchors)].tolist() == pytest.approx(list(anchors.values()), rel=1e-4)
+    moved = [row.nonzero().flatten().tolist() for row in angles[1:]]                   # by t alone, h alone, w alone
+    assert moved == [list(range(44, 64)), list(range(0, 44, 2)), list(range(1, 44, 2))]
+
+
+def test_decoder_rotates_neighbours_and_vit_rotates_halves():
+    e0, turn = torch.eye(8)[:1, None], torch.zeros(1, 1, 4)                            # (T, H, d) with channel 0 alone
+    turn[..., 0] = 0.3
+    expected = torch.tensor([math.cos(0.3), math.sin(0.3)])
+    for rotate, pair in ((rotate_pairs, [0, 1]), (rotate_halves, [0, 4])):
+        out = rotate(e0, turn.cos(), turn.sin()).flatten()
+        assert distance(out[pair], expected) < 1e-6 and out.count_nonzero() == 2
+
+
+def test_patches_come_in_blocks_of_2x2():
+    assert patch_cells(4, 6)[:9].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3], [0, 4]]
+    assert sorted(patch_cells(4, 6).tolist()) == [[r, c] for r in range(4) for c in range(6)]
+
+
+def test_vit_uses_quick_gelu():
+    mlp = ernie_vl.VisionMLP(SimpleNamespace(hidden_size=1, intermediate_size=1))
+    for name, parameter in mlp.named_parameters():
+        parameter.fill_("weight" in name)
+    values = mlp(torch.tensor([[1.0], [-1.0], [3.0]])).flatten().tolist()
+    assert values == pytest.approx([0.84579575, -0.15420423, 2.98192883])
+
+
+def test_router_bias_chooses_and_does_not_weigh():
+    router = Router(SimpleNamespace(moe_k=2, moe_num_experts=4, hidden_size=1))
+    state = {"weight": torch.tensor([[1.0], [2], [3], [4]]), "e_score_correction_bias": torch.tensor([0.5, 0, 0, 0])}
+    router.load_state_dict(state)
+    weights, chosen = router(torch.ones(1, 1))
+    assert chosen.tolist() == [[3, 0]] and weights[0].tolist() == pytest.approx([0.95257413, 0.04742587], abs=1e-6)
+
+
+def test_each_modality_has_its_own_correction_bias(model):
+    moe = copy.deepcopy(model.layers[1].mlp)
+    moe.vision_moe.gate.e_score_correction_bias[5] = 100
+    seen = ref.watch(moe, {"text": "text_moe.gate", "vision": "vision_moe.gate"})
+    moe(torch.randn(64, ref.D, generator=torch.manual_seed(0)), torch.arange(64) % 2 == 1)
+    (_, text), (_, vision) = seen["text"][0], seen["vision"][0]
+    assert (vision == 5).any(-1).all() and len(vision) == 32 and not (text == 5).any(-1).all()
+
+
+def test_every_norm_has_its_own_epsilon(model):
+    """Wrong epsilons are invisible in the whole model (anchors: 4e-6), so small inputs go through each norm alone."""
+    kinds = {nn.LayerNorm: 0, RMSNorm: 0}
+    for name, norm in model.named_modules():
+        if type(norm) in kinds:
+            x = torch.randn(4, len(norm.weight), generator=torch.manual_seed(1)).double() * 1e-3
+            if isinstance(norm, RMSNorm):
+                y = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+            else:
+                y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+                y = y * norm.weight + norm.bias
+            assert distance(norm(x.float()), y) < 1e-5, name
+            kinds[type(norm)] += 1
+    assert list(kinds.values()) == [2 * 2 + 1 + 2, 2 * 3 + 1 + 1]
+
+
+def test_query_head_j_reads_key_head_j_over_group():
+    v = torch.tensor([0.0, 1.0])[:, None, None].expand(2, 5, 4)                        # key head 0 says 0, key head 1 says 1
+    for tokens in (1, 3, 5):                                                           # one token, a chunk, a whole prompt
+        assert attend(torch.randn(4, tokens, 4), torch.randn(2, 5, 4), v)[:, 0, 0].tolist() == pytest.approx([0, 0, 1, 1])
+
+
+def test_frames_and_pictures_do_not_see_each_other(model):
+    vit, (a, b, c) = model.vision_model, REFERENCE["patches.clip"][:72].split(24)
+    clip, changed = vit(torch.cat((a, b)), [(2, 4, 6)]), vit(torch.cat((a, c)), [(2, 4, 6)])
+    assert torch.equal(clip[:24], changed[:24]) and distance(clip[24:], changed[24:]) > 0.1
+    assert distance(vit(torch.cat((c, b)), [(1, 4, 6), (1, 6, 4)])[:24], vit(c, [(1, 4, 6)])) < 1e-6
+
+
+def test_a_picture_is_a_clip_of_two_equal_frames(model):
+    x = torch.randn(24, ref.VIT_WIDTH, generator=torch.manual_seed(2))
+    assert distance(model.resampler_model(x, [(1, 4, 6)]), model.resampler_model(torch.cat((x, x)), [(2, 4, 6)])) < 1e-6
+
+
+def test_one_placeholder_id_for_pictures_and_clips_is_enough(model):
+    """Released prompts use the picture's placeholder in clips too."""
+    two = prepared(model, "mixed")
+    one = model.prepare([ref.IMAGE if i == ref.VIDEO else i for i in two.ids.tolist()], two.patches, two.grids)
+    assert torch.equal(model(one), model(two))
+
+
+def test_text_experts_see_text_and_shared_experts_see_everyone(models, model):
+    other, text, mixed = copy.deepcopy(model), prepared(model, "text"), prepared(model, "mixed")
+    before = other(text), other(mixed)
+    for layer in other.layers[1:]:
+        for parameter in layer.mlp.vision_moe.parameters():
+            parameter.mul_(-2)
+    assert torch.equal(other(text), before[0]) and distance(other(mixed), before[1]) > 0.1
+    moe, x = copy.deepcopy(model.layers[1].mlp), torch.randn(6, ref.D, generator=torch.manual_seed(3))
+    vision = torch.tensor([0, 1, 1, 0, 1, 0]).bool()
+    both, shared = moe(x, vision), moe.shared_experts(x)
+    moe.shared_experts = None
+    assert distance(both - moe(x, vision), shared) < 1e-5 and shared.abs().amax(-1).min() > 0.1
+    assert models["424b"].layers[2].mlp.shared_experts is None
+
+
+# --------------------------------------------------------------------------------------- 3. cache, and generation
+def piece(inputs, begin: int, end: int, patches=slice(0, 0), grids=()):
+    """The tokens begin..end, with those pictures that stand among them."""
+    return inputs._replace(ids=inputs.ids[begin:end], positions=inputs.positions[:, begin:end],
+                           is_vision=inputs.is_vision[begin:end], patches=inputs.patches[patches], grids=list(grids))
+
+
+@pytest.mark.parametrize("name", ref.MODELS)
+def test_cache_changes_nothing(models, name):
+    """Token by token; in two chunks, of which the second has a picture of its own; token by token after a picture."""
+    model, everything = models[name], slice(None)
+    text, two = prepared(models[name], "text"), prepared(models[name], "two pictures")
+    wide, T = ref.GRIDS["wide"][1] * ref.GRIDS["wide"][2], len(two.ids)
+    cuts = [(text, [piece(text, i, i + 1) for i in range(len(text.ids))]),
+            (two, [piece(two, 0, 10, slice(wide), two.grids[:1]), piece(two, 10, T, slice(wide, None), two.grids[1:])]),
+            (two, [piece(two, 0, T - 4, everything, two.grids), *(piece(two, i, i + 1) for i in range(T - 4, T))])]
+    for whole, pieces in cuts:
+        cache = model.new_cache()
+        assert distance(torch.cat([model(p, cache) for p in pieces]), model(whole)) < 1e-5
+        assert [c.length for c in cache] == [len(whole.ids)] * 3
+
+
+def test_the_model_keeps_no_state_and_only_last_is_the_last_row(model):
+    first, mixed = model(prepared(model, "text")), prepared(model, "mixed")
+    list(generate(model, mixed, 3, stop=()))
+    assert distance(model(mixed, only_last=True), model(mixed)[-1:]) < 1e-6
+    assert torch.equal(model(prepared(model, "text")), first)
+
+
+def test_same_seed_same_ids_and_narrow_sampling_is_greedy(model):
+    run = lambda **options: list(generate(model, prepared(model, "picture"), 12, stop=(), **options))
+    assert run(temperature=1.0, seed=5) == run(temperature=1.0, seed=5) != run(temperature=1.0, seed=6)
+    assert run() == run(temperature=1.5, top_k=1, seed=5) == run(temperature=1.5, top_p=1e-9, seed=5)
+
+
+def test_sampling_keeps_the_smallest_likeliest_set():
+    logits, generator = torch.tensor([0.2, 0.5, 0.3]).log(), torch.Generator().manual_seed(0)
+    drawn = lambda top_k=0, top_p=1.0: {sample(logits, 1.0, top_k, top_p, generator) for _ in range(200)}
+    assert drawn() == {0, 1, 2} and drawn(top_k=2) == {1, 2} and drawn(top_p=0.49) == {1} and drawn(top_p=0.51) == {1, 2}
+    assert drawn(top_k=2, top_p=0.6) == {1}      # k first: 0.5 is then 0.625 of what is left
+    assert sample(logits, 1e-42, 0, 1.0, generator) == 1
+
+
+def test_forbidden_ids_never_appear(model):
+    greedy = REFERENCE["28b.picture.greedy"].tolist()
+    for options in ({}, {"temperature": 2.0, "seed": 1}):
+        ids = list(generate(model, prepared(model, "picture"), 32, stop=(), forbidden=tuple(set(greedy)), **options))
+        assert len(ids) == 32 and not set(ids) & set(greedy)
+
+
+def test_repetition_penalty_lowers_what_was_said(model):
+    assert penalize(torch.tensor([2.0, -2.0, 1.0]), [0, 1, 1], 2.0).tolist() == [1.0, -4.0, 1.0]
+    plain, varied = ([*generate(model, prepared(model, "text"), 24, stop=(), repetition_penalty=p)] for p in (1.0, 1.5))
+    assert len(set(varied)) > len(set(plain))
+
+
+def test_generation_stops_at_a_stop_id_at_the_limit_and_at_the_end_of_the_context(model):
+    inputs, short = prepared(model, "mixed"), copy.copy(model)
+    text = dataclasses.replace(model.cfg.text, max_position_embeddings=len(inputs.ids) + 4)
+    short.cfg = dataclasses.replace(model.cfg, text=text)
+    free = list(generate(model, inputs, 8, stop=()))
+    assert list(generate(model, inputs, 8, stop=(free[5],))) == free[: free.index(free[5])]
+    assert len(free) == 8 and list(generate(model, inputs, 0)) == []
+    assert list(generate(short, inputs, stop=())) == free[:4]
+
+
+@pytest.mark.parametrize("token", [ref.IMAGE, ref.VIDEO_START])
+def test_generated_ids_go_to_text_experts_whatever_they_say(model, token):
+    model = copy.deepcopy(model)
+    seen = ref.watch(model, {kind: f"layers.1.mlp.{kind}_moe.gate" for kind in ("text", "vision")})
+    others = tuple(i for i in range(ref.VOCAB) if i != token)
+    assert list(generate(model, prepared(model, "picture"), 4, stop=(), forbidden=others)) == [token] * 4
+    assert [len(seen[kind]) for kind in ("text", "vision")] == [4, 1]                  # the prompt alone has vision tokens
+
+
+# --------------------------------------------------------------------------- 4. what is refused, and in which words
+ROWS = torch.zeros(24, 588)
+
+
+@pytest.mark.parametrize("ids, patches, grids, message", [
+    ([12, *[10] * 5, 13], ROWS, [(1, 4, 6)], "make 6 tokens, and the prompt has 5"),
+    ([3, 4], ROWS, [(1, 4, 6)], "make 6 tokens, and the prompt has 0"),
+    ([12, 10, 13], None, [], "make 0 tokens, and the prompt has 1"),
+    ([12, *[10] * 6, 13], ROWS, [(1, 3, 8)], r"\(1, 3, 8\) cannot be merged"),
+    ([14, *[11] * 6, 15], torch.zeros(36, 588), [(3, 2, 6)], r"\(3, 2, 6\) cannot be merged"),
+    ([12, *[10] * 6, 13], ROWS[:23], [(1, 4, 6)], r"shape \(24, 588\), and these are \(23, 588\)"),
+    ([12, *[10] * 6, 13], ROWS[:, :587], [(1, 4, 6)], r"shape \(24, 588\), and these are \(24, 587\)"),
+    ([3, 72], None, [], "0..71, and these reach from 3 to 72"),
+    ([-1, 3], None, [], "0..71, and these reach from -1 to 3"),
+    ([3] * 4097, None, [], "4,097 tokens and the context holds 4,096"),
+    ([], None, [], "the prompt is empty"),
+    ([12, 10, 10, 10, 5, 10, 10, 10, 13], ROWS, [(1, 4, 6)], "the 6 placeholders of one picture must stand side by side"),
+])
+def test_prompts_that_do_not_fit_are_refused(model, ids, patches, grids, message):
+    with pytest.raises(InputError, match=message):
+        model.prepare(ids, patches, grids)
+
+
+# --------------------------------------------------------------------------------------------------- 5. the loader
+ABSENT = object()
+
+
+def write(folder: Path, tensors: dict, config: dict, shards: int = 1) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ABSENT}))
+    files = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: x.contiguous() for name, x in tensors.items() if files[name] == file}, folder / file)
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return folder
+
+
+def flat_config(name: str, **changes) -> dict:
+    """The layout of the released files: everything at the top, lists of one number a modality."""
+    nested, experts = ref.config(name), ref.MODELS[name]["experts"]
+    text, vision, layers = nested["text_config"], nested["vision_config"], ref.MODELS[name]["layers"]
+    copied = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+              "max_position_embeddings rms_norm_eps moe_k moe_intermediate_size moe_num_shared_experts tie_word_embeddings")
+    return {key: text[key] for key in copied.split()} | {
+        "model_type": "ernie4_5_moe_vl", "rope_theta": 500_000, "freq_allocation": 20, "im_patch_id": ref.IMAGE,
+        "image_start_token_id": ref.IMAGE_START, "image_end_token_id": ref.IMAGE_END, "moe_num_experts": [experts] * 2,
+        "video_start_token_id": ref.VIDEO_START, "video_end_token_id": ref.VIDEO_END, "moe_layer_interval": 1,
+        "moe_layer_start_index": [layers.index("sparse")] * 2, "moe_layer_end_index": [len(layers) + 1, len(layers)],
+        "moe_use_aux_free": True, "vision_config": {
+            "depth": vision["depth"], "embed_dim": ref.VIT_WIDTH, "hidden_size": ref.VIT_WIDTH, "num_heads": ref.VIT_HEADS,
+            "mlp_ratio": ref.VIT_MLP / ref.VIT_WIDTH, "hidden_act": "quick_gelu"}} | changes
+
+
+def text_alone(tensors: dict, experts: int) -> dict:
+    """What a text-only checkpoint has of these tensors. Its routers are not transposed."""
+    out = {}
+    for name, x in tensors.items():
+        number = re.search(r"\.experts\.(\d+)\.", name)
+        if not re.search(r"vision_model|resampler|weight_1$", name) and not (number and int(number[1]) >= experts):
+            out[name] = x.T if name.endswith("mlp.gate.weight") else x[:1] if "moe_statics" in name else x
+    return out
+
+
+def in_memory(tensors: dict, experts: int) -> dict:
+    """The names and shapes of transformers in memory: experts stacked in numeric order, gate rows on top of up rows."""
+    out, stacks = {}, {}
+    for name, x in tensors.items():
+        name = re.sub(r"(?<=linear\.)[023]", lambda child: {"0": "fc1", "2": "fc2", "3": "ln"}[child[0]], name)
+        name = re.sub(r"^model\.(?=embed|norm|layers)", "model.language_model.", name)
+        name = re.sub("^vision_model", "model.vision_tower", name)
+        moe = [name.split(".mlp.")[0] + f".mlp.{kind}_moe." for kind in ("text", "vision")]
+        if number := re.search(r"\.experts\.(\d+)\.(\w+)_proj", name):
+            kind, e = divmod(int(number[1]), experts)
+            stacks.setdefault(moe[kind], {}).setdefault(e, {})[number[2]] = x
+        elif "moe_statics" in name:
+            out |= {f"{at}gate.moe_statics.e_score_correction_bias": row[None] for at, row in zip(moe, x)}
+        elif ".mlp.gate.weight" in name:
+            out[f"{moe[name.endswith('_1')]}gate.weight"] = x.T
+        else:
+            out[name] = x
+    for at, stack in stacks.items():
+        rows = [stack[e] for e in range(experts)]
+        out[f"{at}experts.gate_up_proj"] = torch.stack([torch.cat((row["gate"], row["up"])) for row in rows])
+        out[f"{at}experts.down_proj"] = torch.stack([row["down"] for row in rows])
+    return out
+
+
+# A tied model may store a head all the same; mtp: heads that predict several tokens ahead.
+LEFTOVERS = {"lm_head.weight": torch.ones(ref.VOCAB, ref.D), "model.mtp_block.0.mlp.weight": torch.ones(3)}
+SPELLINGS = {
+    "hub": lambda name, tensors: tensors,
+    "save_pretrained": lambda name, tensors: {re.sub("^vision", "model.vision", at): x for at, x in tensors.items()},
+    "in memory": lambda name, tensors: in_memory(tensors, ref.MODELS[name]["experts"]),
+    "with leftovers": lambda name, tensors: LEFTOVERS | tensors,
+}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("name", ref.MODELS)
+def test_all_spellings_of_a_checkpoint_are_the_same_model(models, tmp_path, name, spelling, shards):
+    tensors = SPELLINGS[spelling](name, ref.hub_tensors(name))
+    other = load(write(tmp_path, tensors, ref.config(name), shards)).state_dict()
+    mine = models[name].state_dict()
+    assert other.keys() == mine.keys()
+    assert [key for key in mine if not torch.equal(other[key], mine[key])] == []
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("28b", {}), ("28b", {"moe_layer_start_index": 1}), ("28b", {"moe_layer_end_index": None, "moe_num_experts": 12}),
+    ("28b", {"moe_layer_end_index": -1}), ("28b", {"moe_layer_end_index": ABSENT, "moe_layer_interval": ABSENT}),
+    ("28b", {"freq_allocation": ABSENT, "rope_theta": ABSENT}), ("28b", {"rope_scaling": {"mrope_section": [22, 22, 20]}}),
+    ("424b", {}), ("424b", {"moe_num_shared_experts": None}), ("424b", {"moe_num_shared_experts": ABSENT}),
+    ("424b", {"moe_layer_start_index": 2, "tie_word_embeddings": ABSENT})])
+def test_flat_and_nested_configs_mean_the_same(name, changes):
+    flat = {key: value for key, value in flat_config(name, **changes).items() if value is not ABSENT}
+    assert read_config(flat) == dataclasses.replace(read_config(ref.config(name)), video_token_id=ref.IMAGE)
+
+
+@pytest.mark.parametrize("stored, others", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_routers_and_their_biases_are_fp32_whatever_is_stored(tmp_path, stored, others):
+    tensors = {key: x.to(stored) for key, x in ref.hub_tensors("28b").items()}
+    small = load(write(tmp_path, tensors, ref.config("28b")))
+    for name, parameter in small.named_parameters():
+        router = ".gate.weight" in name or "correction_bias" in name
+        assert parameter.dtype == (torch.float32 if router else others), name
+    assert small(prepared(small, "mixed")).dtype == others and small(prepared(small, "mixed")).isfinite().all()
+
+
+def test_text_only_checkpoints_answer_like_the_text_half_of_a_vl_model(model, tmp_path):
+    config = flat_config("28b", model_type="ernie4_5_moe", vision_config=ABSENT, moe_num_experts=12, moe_layer_start_index=1,
+                         moe_intermediate_size=ref.WIDTHS[0], moe_layer_end_index=-1)
+    text = load(write(tmp_path, text_alone(ref.hub_tensors("28b"), 12), config))
+    inputs = prepared(model, "text")
+    assert distance(text(text.prepare(inputs.ids.tolist())), model(inputs)) < 1e-5
+    with pytest.raises(InputError, match="text-only checkpoint"):
+        text.prepare([12, *[10] * 6, 13], ROWS, [(1, 4, 6)])
+
+
+def test_dense_text_checkpoint_with_an_explicit_head_dim(model, tmp_path):
+    """Layer 0 of the small model is dense, so a dense model of this one layer must continue like it."""
+    tensors = {key: x for key, x in text_alone(ref.hub_tensors("28b"), 12).items() if not re.search(r"layers\.[12]\.", key)}
+    no_experts = {key: ABSENT for key in flat_config("28b") if key.startswith(("moe_", "vision_"))}
+    dense = load(write(tmp_path, tensors, flat_config("28b", model_type="ernie4_5", num_hidden_layers=1, **no_experts)))
+    inputs, first = prepared(model, "text"), copy.deepcopy(model)
+    first.layers = first.layers[:1]
+    assert dense.cfg.text.head_dim == 128 != ref.D // ref.HEADS
+    assert distance(dense(dense.prepare(inputs.ids.tolist())), first(inputs)) < 1e-5
+
+
+# The released config.json files, as far as the model reads them, and their numbers of parameters.
+VISION = dict(depth=32, embed_dim=1280, hidden_size=1280, hidden_act="quick_gelu", mlp_ratio=4, num_heads=16, in_channels=3,
+              patch_size=14, spatial_merge_size=2)
+COMMON = dict(vocab_size=103424, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500_000, hidden_act="silu",
+              use_bias=False)
+SMALL = COMMON | dict(hidden_size=2560, intermediate_size=12288, num_hidden_layers=28, num_attention_heads=20, moe_k=6,
+                      num_key_value_heads=4, moe_num_shared_experts=2, moe_layer_interval=1, tie_word_embeddings=True)
+LARGE = COMMON | dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=54, num_attention_heads=64, moe_k=8,
+                      num_key_value_heads=8, moe_layer_start_index=3, moe_layer_interval=1, tie_word_embeddings=False)
+VL_28B = SMALL | dict(model_type="ernie4_5_moe_vl", moe_num_experts=[64, 64], moe_intermediate_size=[1536, 512],
+                      moe_layer_start_index=[1, 1], moe_layer_end_index=[29, 28], im_patch_id=100295, pixel_hidden_size=1280,
+                      image_start_token_id=101304, image_end_token_id=101305, video_start_token_id=101306,
+                      video_end_token_id=101307, rope_scaling={"type": "default", "mrope_section": [22, 22, 20]},
+                      spatial_conv_size=2, temporal_conv_size=2, vision_config=VISION)
+RELEASED = {
+    "VL-28B-A3B": (VL_28B, 29_399_294_336, 1),
+    "VL-424B-A47B": (LARGE | dict(model_type="ernie4_5_moe_vl", moe_num_experts=[64, 64], moe_intermediate_size=[3584, 1536],
+                                  freq_allocation=20, vision_config=VISION), 423_526_285_184, 3),
+    "21B-A3B": (SMALL | dict(model_type="ernie4_5_moe", moe_num_experts=64, moe_intermediate_size=1536,
+                             moe_layer_start_index=1, moe_layer_end_index=27), 21_825_437_888, 1),
+    "300B-A47B": (LARGE | dict(model_type="ernie4_5_moe", moe_num_experts=64, moe_intermediate_size=3584,
+                               moe_layer_end_index=53), 299_484_163_264, 3),
+    "0.3B": (COMMON | dict(model_type="ernie4_5", hidden_size=1024, intermediate_size=3072, num_hidden_layers=18,
+                           num_attention_heads=16, num_key_value_heads=2, head_dim=128, tie_word_embeddings=True),
+             360_748_032, 18),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_models_have_their_numbers_of_parameters(name):
+    raw, parameters, dense = RELEASED[name]
+    cfg = read_config(raw)
+    with torch.device("meta"):
+        assert sum(x.numel() for x in ErnieVL(cfg).state_dict().values()) == parameters
+    assert cfg.text.mlp_layer_types.count("dense") == dense and cfg.text.rope_theta == 500_000
+    assert cfg.text.mrope_section == ((22, 22, 20) if cfg.vision else (32, 32, 0))
+
+
+@pytest.fixture
+def shapes_28b(monkeypatch):
+    """Names and shapes of the tensors of ERNIE-4.5-VL-28B-A3B-PT."""
+    real = dict(D=2560, HEADS=20, KV_HEADS=4, HEAD_DIM=128, DENSE=12288, WIDTHS=(1536, 512), VOCAB=103424, VIT_DEPTH=32,
+                VIT_WIDTH=1280, VIT_HEADS=16, VIT_MLP=5120,
+                MODELS={"real": dict(tie=True, layers=("dense",) + ("sparse",) * 27, shared=2, experts=64, k=6)})
+    with monkeypatch.context() as patch:
+        for name, value in real.items():
+            patch.setattr(ref, name, value)
+        shapes = ref.hub_shapes("real")
+    assert len(shapes) == 11_105
+    return shapes
+
+
+def test_command_line_needs_config_and_index_only(shapes_28b, tmp_path):
+    write(tmp_path, {}, VL_28B)
+    index = {name: f"model-{i % 12:05d}.safetensors" for i, name in enumerate(shapes_28b)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    out = subprocess.run([sys.executable, "load_weights.py", tmp_path], cwd=HERE, capture_output=True, text=True)
+    assert out.returncode == 0 and out.stderr == ""
+    for fact in ("29,399,294,336", "1 dense, 27 sparse", "0 of 12 here", "11,105 stored", "0 missing, 0 left over"):
+        assert fact in out.stdout, out.stdout
+
+
+def sparse_files(folder: Path) -> bool:
+    with open(folder / "hole", "wb") as file:
+        file.truncate(1 << 30)
+    return (folder / "hole").stat().st_blocks * 512 < 1 << 20
+
+
+def write_zeros(shapes: dict, folder: Path, shards: int) -> None:
+    """bf16 zeros that take no room: a header, and a hole of the right length."""
+    names, index = list(shapes), {}
+    for i in range(shards):
+        header, end, file = {}, 0, f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        for name in names[i * len(names) // shards : (i + 1) * len(names) // shards]:
+            begin, end = end, end + 2 * math.prod(shapes[name])
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [begin, end]}
+            index[name] = file
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def test_28b_loads_in_seconds_and_stays_on_disk(shapes_28b, tmp_path):
+    """59 GB of weights; what the process owns, pages of files excluded, stays below 1 GB while it writes a token."""
+    if not Path("/proc/self/status").exists() or not sparse_files(tmp_path):
+        pytest.skip("needs /proc and a file system with sparse files")
+    write(tmp_path, {}, VL_28B)
+    write_zeros(shapes_28b, tmp_path, 12)
+    script = """if True:
+        import json, sys, time, torch
+        from ernie_vl import generate
+        from load_weights import load
+        torch.set_num_threads(1)
+        start = time.time()
+        model = load(sys.argv[1])
+        seconds = time.time() - start
+        token = next(generate(model, model.prepare([1])))
+        own = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+        print(json.dumps([seconds, token, own, sum(p.nbytes for p in model.state_dict().values())]))"""
+    out = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=HERE, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    seconds, token, own, stored = json.loads(out.stdout)
+    assert seconds < 10 and own < 1e9 and stored > 58e9 and token == 0, (seconds, own, stored, token)
+
+
+ONES = {f"model.{name}": torch.ones(shape) for name, shape in
+        {"nrom.weight": 96, "layers.1.extra.weight": 2, "norm.weight": 95, "layers.1.mlp.gate.weight": (12, 96)}.items()}
+
+
+@pytest.mark.parametrize("dropped, added, message", [
+    ("model.layers.1.mlp.experts.13.up_proj.weight", "", r"vision_moe.experts.1.up_proj.weight \(14, 96\) is missing"),
+    ("model.norm.weight", "model.nrom.weight", r"norm.weight \(96,\) is missing .*closest.*nrom.weight.* and 1 more"),
+    ("", "model.layers.1.extra.weight", "model.layers.1.extra.weight is not a tensor of this model"),
+    ("", "model.norm.weight", r"\(96,\),? and model.norm.weight .*\(95,\)"),
+    ("", "model.layers.1.mlp.gate.weight", r"text_moe.gate.weight should .*\(12, 96\)"),
+])
+def test_tensors_that_do_not_fit_are_refused(tmp_path, dropped, added, message):
+    tensors = ref.hub_tensors("28b") | ({added: ONES[added]} if added else {})
+    tensors.pop(dropped, None)
+    with pytest.raises(InputError, match=message):
+        load(write(tmp_path, tensors, ref.config("28b")))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model_type": "qwen2_vl"}, "model_type 'qwen2_vl', and these can be loaded"),
+    ({"rope_scaling": {"type": "yarn"}}, "type 'yarn', and only 'default'"),
+    ({"rope_scaling": {"mrope_section": [16, 24, 24]}}, r"\(16, 24, 24\); h must equal w, the sum be 64"),
+    ({"moe_num_experts": [12, 8]}, r"unequal numbers of experts, \[12, 8\]"),
+    ({"hidden_size": None}, "no hidden_size"),
+    ({"vision_config": None}, "no vision_config"),
+    ({"vision_config": 5}, "wrong type"),
+    ({"rope_theta": "banana"}, "wrong type"),
+    ({"moe_k": 13}, "moe_k, experts and widths"),
+    ({"vocab_size": -1}, "vocab_size"),
+    ({"num_attention_heads": 3}, "numbers of heads"),
+    ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
+    ({"rope_scaling": None, "freq_allocation": 90}, "h must equal w"),
+])
+def test_configs_of_no_released_model_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        read_config(flat_config("28b", **changes))
+
+
+@pytest.mark.parametrize("breaks, message", [
+    (lambda at: (at / "model-00002-of-00003.safetensors").unlink(), "lacks 1 of its files, model-00002-of-00003"),
+    (lambda at: os.truncate(at / "model-00002-of-00003.safetensors", 9_000), "00002-of-00003.safetensors is truncated"),
+    (lambda at: [file.unlink() for file in at.glob("model*")], r"no \*.safetensors files"),
+    (lambda at: write(at, {"ernie.embed_tokens.weight": torch.ones(2)}, ref.config("28b"), 2), "-Paddle checkpoint"),
+    (lambda at: (at / "config.json").unlink(), "config.json is missing"),
+    (lambda at: (at / "config.json").write_text("{"), "config.json is no valid JSON"),
+])
+def test_folders_with_damaged_files_are_refused(tmp_path, breaks, message):
+    breaks(write(tmp_path, ref.hub_tensors("28b"), ref.config("28b"), 3))
+    with pytest.raises(InputError, match=message):
+        load(tmp_path)
+
+
+def test_hub_ids_are_found_in_the_local_cache_only(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match="baidu/X is neither a folder nor a model in the local Hugging Face cache"):
+        load_weights.find_folder("baidu/X")
+    repository = tmp_path / "models--baidu--X"
+    for commit in ("aaa", "bbb"):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("aaa")
+    assert load_weights.find_folder("baidu/X") == repository / "snapshots" / "aaa"
+
+
+# ---------------------------------------------------------------------- 6. tokenizer: a small vocabulary, made here
+WORDS = "Hello hello how Hey This is a test User: Assistant: Picture What kind of dog is this? Nice to meet you."
+
+
+def write_vocabulary(folder: Path, known: list[str] = []) -> Path:
+    """A tokenizer folder with the real layout of ids: 3 specials, digits from 3, bytes from 13, pieces, control tokens.
+    `known` are control strings that SentencePiece itself finds in a text."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([WORDS, *WORDS.split(), "a Hello"] * 50), model_writer=model, model_type="bpe", vocab_size=420, byte_fallback=True,
+        user_defined_symbols=[*"0123456789", *known], normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    names = ["<|end_of_sentence|>", "<|begin_of_sentence|>", "<|IMAGE_PLACEHOLDER|>", "<|LOC_7|>", "<|IMAGE_START|>", "<|IMAGE_END|>",
+             "<|VIDEO_START|>", "<|VIDEO_END|>", "<think>", "</think>"]
+    (folder / "added_tokens.json").write_text(json.dumps({name: 1000 + i for i, name in enumerate(names)}))
+    settings = {"additional_special_tokens": [*known, "1"], "cls_token": {"content": "<|begin_of_sentence|>"}, "padding_side": "Hello"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory) -> Path:
+    return write_vocabulary(tmp_path_factory.mktemp("vocabulary"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(vocabulary):
+    return Tokenizer(vocabulary)
+
+
+@pytest.mark.parametrize("text, ids", [
+    ("", []), ("1234", [4, 5, 6, 7]), ("\n\n", [23, 23]), ("\t\t", [22, 22]), ("\r", [26]), ("😈", [253, 172, 165, 149]),
+    ("🤗", [253, 172, 177, 164]), ("15\n5", [4, 8, 23, 8])])
+def test_digits_and_bytes_have_the_ids_of_the_real_vocabulary(tokenizer, text, ids):
+    assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", [" Hello", "  two  spaces ", "a 12 b", "é中😈", "Hey. \t\t \n\nyou  é  @#😈  🤗!       , 1234 15 5,61", "<|IMAGE_START|><think>"])
+def test_text_comes_back_exactly(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_nothing_is_put_before_a_text(tokenizer):
+    piece = lambda text: [tokenizer.pieces.id_to_piece(i) for i in tokenizer.encode(text)]
+    assert piece("This is a test")[0] == "This" and piece(" Hello") == ["▁Hello"] and piece("Hello") == ["Hello"]
+
+
+def test_control_strings_are_split_off_only_when_they_are_meant(tokenizer):
+    hello, how = tokenizer.encode(" Hello"), tokenizer.encode("how")
+    assert tokenizer.encode("<s> Hello<s>how", control=True) == [1, *hello, 1, *how]
+    assert tokenizer.encode("<s>>", control=True) == [1, *tokenizer.encode(">")]
+
+
+def test_a_user_cannot_type_a_control_token(tmp_path):
+    """Not even one that SentencePiece itself would recognise, or one put together from two parts of a message."""
+    tokenizer = Tokenizer(write_vocabulary(tmp_path, ["<|im_start|>"]))
+    hostile = "".join(tokenizer.special) + "<|image@placeholder|></think>"
+    assert tokenizer.pieces.encode("<|im_start|>") == [tokenizer.special["<|im_start|>"]]
+    assert not set(tokenizer.encode(hostile)) & set(tokenizer.special.values())
+    prompts = [encode_chat(tokenizer, [{"role": "user", "content": content}]).ids for content in
+               ("Hi", hostile, [{"type": "text", "text": "<|IM"}, {"type": "text", "text": "AGE_START|>"}])]
+    controls = [[id for id in ids if id in tokenizer.names] for ids in prompts]
+    assert controls[0] == controls[1] == controls[2]
+
+
+def test_streaming_never_emits_half_a_character(tokenizer):
+    stream = Stream(tokenizer)
+    assert [stream.push(13 + byte) for byte in "😈中".encode()] == ["", "", "", "😈", "", "", "中"]
+    h = tokenizer.encode("how")[0]
+    assert [stream.push(13 + 0xF0), stream.push(13 + 0x9F), stream.push(h)[:2]] == ["", "", "��"]
+    assert tokenizer.decode([13 + byte for byte in b"\xf0\x9f\x98\x88\xe4"]) == "😈�"
+    assert tokenizer.decode([13 + byte for byte in b"\xf0\x9f\xf0\x9f\x98\x88\xe4\xb8\xad"]) == "��😈中"
+
+
+def test_control_tokens_and_unused_rows_are_silent(tokenizer):
+    hello = tokenizer.encode("Hello")
+    assert tokenizer.decode([0, 1, *hello, 2, 1000, 1008, 5000]) == "Hello"
+    assert tokenizer.decode([1009, *hello], keep=("</think>",)) == "</think>Hello"
+    forbidden = tokenizer.forbidden(2000)
+    assert {1002, 1004, 1005, 1999} <= set(forbidden) and not {2, 23, 1003, 1008, 1009} & set(forbidden)
+
+
+# --------------------------------------------------------------------------------------------- 7. the chat template
+IMG, BEGIN, END = "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>", "<|begin_of_sentence|>", "<|end_of_sentence|>"
+EMPTY = "<think>\n\n</think>\n\n"
+user = lambda *items: {"role": "user", "content": [{"type": "image", "image": None} if item is IMG else {"type": "text", "text": item} for item in items]}
+says = lambda role, text, **more: {"role": role, "content": text, **more}
+
+
+@pytest.mark.parametrize("style, think, messages, expected", [
+    ("instruct", None, [says("user", "Hi")], f"{BEGIN}User: Hi\nAssistant: {EMPTY}"),
+    ("instruct", False, [says("user", "Hi")], f"{BEGIN}User: Hi\nAssistant: {EMPTY}"),
+    ("instruct", True, [says("user", "Hi")], f"{BEGIN}User: Hi\nAssistant: <think>"),
+    ("instruct", None, [user("What kind of dog is this?", IMG)], f"{BEGIN}User: What kind of dog is this?Picture 1:{IMG}\nAssistant: {EMPTY}"),
+    ("instruct", None, [user(IMG, "Q")], f"{BEGIN}User: Picture 1:{IMG}Q\nAssistant: {EMPTY}"),
+    ("instruct", None, [user(IMG, IMG, "Q")], f"{BEGIN}User: Picture 1:{IMG}Picture 2:{IMG}Q\nAssistant: {EMPTY}"),
+    ("instruct", None, [says("system", "Be brief."), says("user", "Hi")], f"{BEGIN}Be brief.\nUser: Hi\nAssistant: {EMPTY}"),
+    ("instruct", None, [user(IMG, "q1"), says("assistant", "a1"), user(IMG, "q2")],
+     f"{BEGIN}User: Picture 1:{IMG}q1\nAssistant: a1{END}User: Picture 2:{IMG}q2\nAssistant: {EMPTY}"),
+    ("instruct", None, [says("user", "q1"), says("assistant", "ANS", reasoning_content="\nTH\n"), says("user", "q2")],
+     f"{BEGIN}User: q1\nAssistant: <think>\nTH\n</think>\nANS{END}User: q2\nAssistant: {EMPTY}"),
+    ("thinking", None, [user(IMG, "Q")], f"{BEGIN}You are a multimodal AI assistant called ERNIE developed by Baidu based on the "
+                                         f"PaddlePaddle framework.\nUser:  Picture 1:{IMG}Q\nAssistant: \n<think>\n"),
+    ("thinking", False, [says("system", "S"), says("user", "Q")], f"{BEGIN}S\nUser: Q\nAssistant: \n{EMPTY}"),
+    ("text", None, [says("system", "S"), says("user", "Q"), says("assistant", "A"), says("user", "R")],
+     f"{BEGIN}S\nUser: Q\nAssistant: A{END}User: R\nAssistant: "),
+])
+def test_the_prompt_is_the_string_the_model_was_trained_on(style, think, messages, expected):
+    assert "".join(render(messages, STYLES[style], think)) == expected
+
+
+def test_text_between_control_tokens_is_encoded_in_one_go(tokenizer):
+    """"User: " and "What" in two pieces would give other ids than the inference stacks'."""
+    ids = encode_chat(tokenizer, [user("What is ", "this?")]).ids
+    assert tokenizer.encode("User: What is this?\nAssistant: ") == ids[1 : ids.index(tokenizer.special["<think>"])]
+
+
+def test_a_picture_of_56_pixels_takes_four_placeholders(tokenizer):
+    prompt = encode_chat(tokenizer, [{"role": "user", "content": [{"type": "image", "image": ref.picture(56, 56)}]}])
+    start = prompt.ids.index(tokenizer.special["<|IMAGE_START|>"])
+    assert prompt.ids[start : start + 6] == [1004, 1002, 1002, 1002, 1002, 1005] and prompt.grids == [(1, 4, 4)]
+    assert prompt.patches.shape == (16, 588)
+
+
+def test_the_folder_tells_the_style(vocabulary, tmp_path):
+    assert chat_style(Tokenizer(vocabulary)) is STYLES["instruct"]
+    shutil.copytree(vocabulary, tmp_path / "x")
+    (tmp_path / "x" / "chat_template.jinja").write_text("{% if options.thinking_mode == 'open' %}")
+    assert chat_style(Tokenizer(tmp_path / "x")) is STYLES["thinking"]
+    (tmp_path / "x" / "chat_template.jinja").unlink()
+    (tmp_path / "x" / "added_tokens.json").write_text("{}")
+    assert chat_style(Tokenizer(tmp_path / "x")) is STYLES["text"]
+
+
+@pytest.mark.parametrize("message", [says("robot", "Hi"), {"role": "user", "content": [{"type": "smell"}]}])
+def test_unknown_roles_and_items_are_refused(tokenizer, message):
+    with pytest.raises(InputError, match="robot|smell"):
+        encode_chat(tokenizer, [message])
+
+
+# ------------------------------------------------------------------------------------------------------ 8. pictures
+@pytest.mark.parametrize("size, grid, total, first, second", [
+    # width x height, measured with transformers' PIL processor; the first three need no resizing
+    ((56, 56), (1, 4, 4), 1950.4104, (-1.79226, -1.69007, -1.58788, -1.48570), (-0.36162, -0.25943, -0.15724)),
+    ((84, 56), (1, 4, 6), 2365.2152, (-1.79226, -1.69007, -1.58788, -1.48570), (-0.36162, -0.25943, -0.15724)),
+    ((112, 84), (1, 6, 8), 5374.9697, (-1.79226, -1.69007, -1.58788, -1.48570), (-0.36162, -0.25943, -0.15724)),
+    ((100, 75), (1, 6, 8), 5347.1041, (-1.79226, -1.70467, -1.61708, -1.52949), (-0.52220, -0.43461, -0.33242)),
+    ((30, 20), (1, 4, 6), 2058.9578, (-1.79226, -1.79226, -1.76307, -1.71927), (-1.31051, -1.28132, -1.23752)),
+    ((640, 480), (1, 34, 46), 173001.5997, (-1.79226, -1.69007, -1.58788, -1.48570), (-0.37622, -0.27403, -0.17184)),
+])
+def test_patches_have_the_measured_values(size, grid, total, first, second):
+    patches, found = patchify(ref.picture(*size))
+    assert found == grid and patches.shape == (grid[1] * grid[2], 588) and patches.dtype == torch.float32
+    assert abs(float(patches.double().sum()) - total) < 0.01
+    assert torch.allclose(patches[0, :4], torch.tensor(first), atol=1e-5) and torch.allclose(patches[1, :3], torch.tensor(second), atol=1e-5)
+
+
+@pytest.mark.parametrize("height, width, fitted", [
+    (1, 1, (56, 56)), (20, 30, (56, 84)), (28, 112, (28, 112)), (480, 640, (476, 644)), (720, 1280, (728, 1288)), (1080, 1920, (1092, 1932)),
+    (2160, 3840, (1624, 2912)), (3000, 4000, (1904, 2520)), (8000, 6000, (2520, 1904)), (561, 278, (560, 280)), (14, 300, (28, 280)),
+    (10, 2000, (28, 812)), (2, 200, (28, 560)), (70, 70, (56, 56)), (98, 98, (112, 112)), (126, 126, (112, 112)), (154, 154, (168, 168))])
+def test_sides_are_rounded_to_multiples_of_28_half_to_even(height, width, fitted):
+    assert fit_size(height, width) == fitted
+
+
+def test_a_row_of_patches_is_colour_by_colour_in_blocks_of_two_by_two():
+    index = np.zeros((56, 112, 3), np.uint8)
+    index[..., 0] = np.repeat(np.repeat(np.arange(32).reshape(4, 8), 14, 0), 14, 1) * 5
+    red = patchify(Image.fromarray(index))[0].view(-1, 3, 196)
+    assert ((red[:, 0, 0] * 0.26862954 + 0.48145466) * 51).round().tolist()[:10] == [0, 1, 8, 9, 2, 3, 10, 11, 4, 5]
+    assert torch.allclose(red[:, 1], torch.tensor(-1.75209713)) and torch.allclose(red[:, 2], torch.tensor(-1.48021972))
+
+
+def stored(path: Path, image: Image.Image, **how) -> Path:
+    image.save(path, **how)
+    return path
+
+
+def test_pictures_are_loaded_as_a_person_sees_them(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert load_picture(stored(tmp_path / "turned.jpg", ref.picture(112, 56), exif=exif)).size == (56, 112)
+    assert load_picture(stored(tmp_path / "clear.png", Image.new("RGBA", (9, 9), (255, 0, 0, 0)))).getpixel((4, 4)) == (255, 255, 255)
+    assert load_picture(stored(tmp_path / "grey alpha.png", Image.new("LA", (9, 9), (0, 0)))).getpixel((4, 4)) == (255, 255, 255)
+    assert load_picture(stored(tmp_path / "palette.gif", Image.new("RGB", (9, 9), (200, 0, 0)).quantize(4))).getpixel((4, 4))[0] > 190
+    deep = Image.fromarray(np.full((9, 9), 30000, np.uint16))
+    assert load_picture(stored(tmp_path / "deep.png", deep)).getpixel((4, 4)) == (117, 117, 117)
+    assert load_picture(stored(tmp_path / "print.jpg", Image.new("CMYK", (16, 16), (0, 255, 255, 0)))).getpixel((4, 4))[0] > 200
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
+    assert load_picture(stored(tmp_path / "moves.gif", frames[0], save_all=True, append_images=frames[1:])).getpixel((4, 4))[0] > 200
+
+
+def bad_pictures(folder: Path) -> dict[str, tuple[Path, str]]:
+    whole = stored(folder / "whole.png", ref.picture(300, 200)).read_bytes()
+    def write(name, data): (folder / name).write_bytes(data); return folder / name
+    bomb = whole[:16] + (20000).to_bytes(4, "big") + (20000).to_bytes(4, "big") + whole[24:29]
+    bomb += zlib.crc32(bomb[12:29]).to_bytes(4, "big") + whole[33:]
+    return {"missing": (folder / "nothing.png", "does not exist"), "empty": (write("empty.png", b""), "not a picture"),
+            "text": (write("text.png", b"hello"), "not a picture"), "truncated": (write("cut.png", whole[:2000]), "cut off"),
+            "bomb": (write("bomb.png", bomb), "make it smaller"), "folder": (folder, "cannot be opened"),
+            "narrow": (stored(folder / "narrow.png", Image.new("RGB", (2010, 10))), "200 times"),
+            "float": (stored(folder / "float.tiff", Image.fromarray(np.ones((9, 9), np.float32))), "8 or 16 bits")}
+
+
+@pytest.mark.parametrize("case", ["missing", "empty", "text", "truncated", "bomb", "folder", "narrow", "float"])
+def test_what_is_not_a_picture_is_refused_in_one_sentence(case, tmp_path, capsys):
+    path, words = bad_pictures(tmp_path)[case]
+    assert run.main(["--image", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+# -------------------------------------------------------------------------------------------------------- 9. run.py
+EXAMPLE = str(HERE / "examples" / "shapes.png")
+
+
+def ask(capsys, *args: str) -> tuple[int, str, str]:
+    try:
+        code = run.main(list(args))
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--temperature", "-1"], "0 or more"), (["--top-p", "0"], "above 0"), (["--top-p", "1.1"], "up to 1"), (["--temperature", "nan"], "0 or more"),
+    (["--top-k", "-2"], "0 or more"), (["--max-new-tokens", "0"], "1 or more"), (["--max-pixels", "10"], "784"), (["--seed", "x"], "whole number"),
+    ([], "--image FILE, --prompt TEXT"), (["--prompt", "Hi", "--model", "no/such"], "hf download"), (["--image", "x", "--frobnicate"], "--frobnicate"),
+    (["--prompt", "Hi", "--save-logits", "no/such/folder/x"], "cannot be written"), (["--prompt", "Hi " * 5000], "the context holds 4,096"),
+    (["--prompt", "Hi", "--device", "tpu"], "cuda"), (["--image", EXAMPLE] * 500, "smaller pictures")])
+def test_bad_options_get_one_sentence_and_exit_2(args, words, capsys):
+    code, out, err = ask(capsys, *args)
+    last = err.splitlines()[-1]
+    assert code == 2 and out == "" and last.startswith("error: ") and words in last and "Traceback" not in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_is_refused_where_there_is_none(capsys):
+    assert ask(capsys, "--prompt", "Hi", "--device", "cuda")[0::2] == (2, "error: this machine or this build of torch has no cuda device: use --device cpu, or leave it out\n")
+
+
+def test_the_answer_alone_goes_to_stdout_and_the_same_seed_gives_the_same(capsys):
+    code, out, err = ask(capsys, "--image", EXAMPLE)
+    assert code == 0 and out.endswith(".\n") and out.count("\n") == 1
+    assert "-> " in err and "tokens/s" in err and "\r" not in err and "Warning" not in err
+    drawn = [ask(capsys, "--image", EXAMPLE, "--temperature", "3", "--seed", seed)[1] for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert ask(capsys, "--image", EXAMPLE, "--temperature", "3", "--top-k", "1")[1] == out
+
+
+def test_json_is_one_object(capsys):
+    code, out, err = ask(capsys, "--image", EXAMPLE, "--json", "--max-new-tokens", "3")
+    reply = json.loads(out)
+    assert code == 0 and reply["answer_tokens"] == 3 and reply["finish_reason"] == "length"
+    assert reply["prompt_tokens"] > reply["picture_tokens"] > 0 and set(reply["seconds"]) == {"pictures", "load", "first_token", "other_tokens"}
+
+
+def test_max_pixels_makes_fewer_tokens(capsys):
+    few, many = (json.loads(ask(capsys, "--image", EXAMPLE, "--json", *more)[1])["picture_tokens"] for more in (("--max-pixels", "3136"), ()))
+    assert 0 < few < many
+
+
+def test_saved_logits_are_those_of_the_prompt(capsys, tmp_path):
+    code, out, err = ask(capsys, "--image", EXAMPLE, "--save-logits", str(tmp_path / "l.safetensors"))
+    saved = load_file(tmp_path / "l.safetensors")
+    T, N = len(saved["ids"]), len(saved["patches"])
+    assert code == 0 and out == "" and [*tmp_path.iterdir()] == [tmp_path / "l.safetensors"]
+    assert {name: tuple(t.shape) for name, t in saved.items()} == {
+        "ids": (T,), "positions": (3, T), "is_vision": (T,), "patches": (N, 588), "grids": (1, 3), "logits": (T, saved["logits"].shape[1])}
+    model = load(HERE / "tiny")
+    again = model(model.prepare(saved["ids"].tolist(), saved["patches"], saved["grids"].tolist()))
+    assert torch.equal(again, saved["logits"]) and saved["logits"].dtype == torch.float32
+
+
+def test_save_logits_replaces_nothing_but_a_file_and_only_when_complete(capsys, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")            # stands for a device
+    (tmp_path / "old").write_text("precious")
+    monkeypatch.setattr("safetensors.torch.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    for name, words in (("pipe", "cannot be written"), ("old", "disk full")):
+        code, out, err = ask(capsys, "--image", EXAMPLE, "--save-logits", str(tmp_path / name))
+        assert code == 2 and words in err.splitlines()[-1]
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "old").read_text() == "precious" and len([*tmp_path.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("name, text", [
+    ("added_tokens.json", '{"<think>": "x"}'), ("added_tokens.json", "[]"), ("added_tokens.json", '{"<think>": 1e30}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}'), ("tokenizer_config.json", "{"), ("tokenizer.model", ""),
+    ("generation_config.json", '{"eos_token_id": {"a": 1}}'), ("preprocessor_config.json", '{"size": [1]}'),
+    ("preprocessor_config.json", '{"size": {"longest_edge": 0}}'), ("model.safetensors.index.json", '{"weight_map": {"a": "../b"}}')])
+def test_damaged_files_of_a_folder_are_named_in_one_sentence(capsys, tmp_path, name, text):
+    shutil.copytree(HERE / "tiny", tmp_path / "copy", ignore=shutil.ignore_patterns("*.pt", "*.py", "__pycache__"))
+    (tmp_path / "copy" / name).write_text(text)
+    code, out, err = ask(capsys, "--image", EXAMPLE, "--model", str(tmp_path / "copy"))
+    assert code == 2 and out == "" and err.splitlines()[-1].startswith("error: ") and str(tmp_path / "copy") in err
+
+
+def test_ctrl_c_keeps_the_text_so_far_and_exits_130():
+    slow = "import run, time, ernie_vl; inner = ernie_vl.sample\ndef sample(*args):\n time.sleep(0.3); return inner(*args)\nernie_vl.sample = sample; raise SystemExit(run.main())"
+    process = subprocess.Popen([sys.executable, "-c", slow, "--image", EXAMPLE], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and first == "A" and out.endswith("\n") and "Traceback" not in err
+
+
+# ---------------------------------------------------------------------------------------------- 10. tiny/ and README
+def test_tiny_describes_pictures_it_never_saw():
+    """30 of the 100 fresh pictures that tiny/README.md counts; the bar is lower than the figure there, so that it is not flaky."""
+    counts = {name: int(right) for name, right in re.findall(r"(\w+) (\d+) of 20", train.evaluate(20))}
+    assert counts["describe"] >= 17 and sum(f.stat().st_size for f in (HERE / "tiny").glob("*") if f.name != "training.pt") <= 4_000_000
+
+
+def test_the_readme_prints_what_the_program_prints(capsys, monkeypatch):
+    monkeypatch.chdir(HERE)
+    blocks = re.findall(r"```console\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    runs = [(command, output) for block in blocks for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.M)]
+    checked = 0
+    for command, output in runs:
+        if "run.py" in command and "/path/to" not in command:
+            code, out, err = ask(capsys, *shlex.split(command.split("run.py ")[1]))
+            assert code == 0 and out in output, command
+            checked += 1
+    assert checked >= 1
+
+
+# ------------------------------------------------------------------------- 11. live, where transformers is installed
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers==5.23.0 to compare live")
+
+
+def media(prompt: str) -> list[torch.Tensor]:
+    return [REFERENCE[f"patches.{name}"] for name in ref.prompt_ids(prompt)[1]]
+
+
+@pytest.mark.parametrize("size", [(56, 56), (100, 75), (30, 20), (640, 480), (14, 300), (301, 299), (1, 1), (1280, 720), (97, 1033), (2500, 2300), (4000, 700), (28, 112)])
+def test_transformers_makes_the_same_patches(transformers, size):
+    theirs, grid = ref.their_patches([ref.picture(*size)])
+    patches, ours = patchify(ref.picture(*size))
+    assert grid[0].tolist() == list(ours) and (patches - theirs).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", ref.MODELS)
+@pytest.mark.parametrize("prompt", ref.PROMPTS)
+def test_transformers_computes_the_same_logits_and_greedy_ids(transformers, tmp_path, name, prompt):
+    folder = ref.write_checkpoint(name, tmp_path)
+    ours, theirs = load(folder), ref.their_model(folder)
+    for rule in ref.RULES:
+        inputs = prepared(ours, prompt, rule)
+        given = ref.their_inputs(inputs.ids.tolist(), media(prompt), inputs.grids)
+        assert distance(ours(inputs), ref.their_logits(theirs, given, inputs.positions if rule == "official" else None)) <= 1e-5
+    assert [*generate(ours, inputs, 32, stop=())] == ref.their_greedy(theirs, given).tolist()
+
+
+@pytest.mark.parametrize("name", ref.MODELS)
+def test_transformers_in_bf16_is_no_closer_to_fp32_than_we_are(transformers, tmp_path, name):
+    """Mean error over all fixtures; routing can flip in bf16, so a single fixture is a matter of luck."""
+    folder, errors = ref.write_checkpoint(name, tmp_path), {"ours": 0.0, "theirs": 0.0}
+    exact, ours, theirs = load(folder), load(folder, dtype=torch.bfloat16), ref.their_model(folder, torch.bfloat16)
+    for prompt in ref.PROMPTS:
+        inputs = prepared(exact, prompt, "hf_5_23")
+        truth, given = exact(inputs), ref.their_inputs(inputs.ids.tolist(), media(prompt), inputs.grids)
+        errors["ours"] += float((ours(inputs).float() - truth).abs().mean())
+        errors["theirs"] += float((ref.their_logits(theirs, given).float() - truth).abs().mean())
+    assert errors["ours"] <= 1.1 * errors["theirs"], errors
+
+
+def test_transformers_opens_tiny_and_says_the_same(transformers):
+    ours, theirs = load(HERE / "tiny"), ref.their_model(HERE / "tiny")
+    prompt = encode_chat(Tokenizer(HERE / "tiny"), [{"role": "user", "content": [{"type": "text", "text": "Describe this image."}, {"type": "image", "image": EXAMPLE}]}])
+    inputs = ours.prepare(*prompt)
+    given = {"input_ids": inputs.ids[None], "attention_mask": torch.ones_like(inputs.ids)[None], "pixel_values": prompt.patches,
+             "image_grid_thw": torch.tensor(prompt.grids), "mm_token_type_ids": (inputs.ids == ours.cfg.image_token_id).long()[None],
+             "moe_mm_token_type_ids": inputs.is_vision.long()[None]}
+    assert distance(ours(inputs), ref.their_logits(theirs, given)) <= 1e-4
+    assert [*generate(ours, inputs, 12, stop=())] == ref.their_greedy(theirs, given, 12).tolist()
+    theirs, grid = ref.their_patches([load_picture(EXAMPLE)], size=dict(zip(("shortest_edge", "longest_edge"), pixel_budget(HERE / "tiny"))))
+    assert grid.tolist() == [list(g) for g in prompt.grids] and (theirs - prompt.patches).abs().max() <= 1e-6
+
+
+# --------------------------------------------------------------------------- 12. the file says what it does, and is short
+def execute(source: str) -> types.ModuleType:
+    sys.modules["edited"] = module = types.ModuleType("edited")
+    exec(compile(source, "<ernie_vl>", "exec"), module.__dict__)
+    return module
+
+
+def like(model, source: str):
+    """The same weights in an edited copy of ernie_vl.py."""
+    edited = execute(source).ErnieVL(model.cfg)
+    edited.load_state_dict(model.state_dict(), assign=True)
+    return edited.eval()
+
+
+MISTAKES = {  # old text -> new text; each was made by a port of this model, or could be
+    "markers go to text experts": ("| torch.isin(ids, torch.tensor(markers))", ""),
+    "everything goes to text experts": ("y[mine] = experts(x[mine])", "y[mine] = self.text_moe(x[mine])"),
+    "router bias also weighs": ("scores.gather(", "(scores + self.e_score_correction_bias).gather("),
+    "router bias ignored": ("(scores + self.e_score_correction_bias).topk", "scores.topk"),
+    "router bias on logits": ("chosen = (scores + ", "chosen = (F.linear(x.float(), self.weight) + "),
+    "expert weights not renormalised": ("(weights / weights.sum(-1, keepdim=True).clamp(min=1e-12))", "weights"),
+    "sigmoid for softmax": ("F.linear(x.float(), self.weight.float()).softmax(-1)", "F.linear(x.float(), self.weight).sigmoid()"),
+    "shared experts forgotten": ("else y + self.shared_experts(x)", "else y"),
+    "h and w swapped": ("[1, 2] * rows", "[2, 1] * rows"),
+    "sections side by side": ("[1, 2] * rows", "[1] * rows + [2] * rows"),
+    "time takes the fast pairs": ("[1, 2] * rows + [0] * times", "[0] * times + [1, 2] * rows"),
+    "rope theta 10,000": ("cfg.rope_theta, positions.device", "10_000.0, positions.device"),
+    "halves for pairs in the decoder": ("class KVCache:", "rotate_pairs = rotate_halves\nclass KVCache:"),
+    "pairs for halves in the ViT": ("class VisionMLP", "rotate_halves = lambda *x: rotate_pairs(*x)\nclass VisionMLP"),
+    "one position a picture token": ("torch.cartesian_prod(*map(torch.arange, grid)).T + start",
+                                     "(start + torch.arange(len(tokens))).expand(3, -1)"),
+    "text continues after the count": ('start += max(grid[1:] if rule == "hf_5_23" else grid)', "start += len(tokens)"),
+    "text continues after the rows": ('start += max(grid[1:] if rule == "hf_5_23" else grid)', "start += h"),
+    "key heads tiled": ("q[None], k[None], v[None], mask", "q[None], k[None].tile(2, 1, 1), v[None].tile(2, 1, 1), mask"),
+    "no causal mask": ("is_causal=T == S", "is_causal=False"),
+    "ViT row and column swapped": ("return blocks.transpose(1, 2)", "return blocks.flip(-1).transpose(1, 2)"),
+    "ViT positions in raster order": ("return blocks.transpose(1, 2).reshape(h * w, 2)", "return cells"),
+    "ViT frequencies over d": ("VISION_ROPE_THETA, self", "VISION_ROPE_THETA**0.5, self"),
+    "frames see each other": ("[h * w for t, h, w in grids for _ in range(t)]", "[t * h * w for t, h, w in grids]"),
+    "pictures see each other": ("[h * w for t, h, w in grids for _ in range(t)]", "[len(patches)]"),
+    "GELU for QuickGELU": ("a * torch.sigmoid(1.702 * a)", "F.gelu(a)"),
+    "last norm of the ViT forgotten": ("return self.ln(x)", "return x"),
+    "tanh GELU in the resampler": ("nn.GELU()", 'nn.GELU("tanh")'),
+    "a picture paired with zeros": ("(frames, frames) if", "(frames, 0 * frames) if"),
+    "odd and even frames swapped": ("(frames[0::2], frames[1::2])", "(frames[1::2], frames[0::2])"),
+    "first half paired with second": ("(frames[0::2], frames[1::2])", "frames.chunk(2)"),
+    "after_norm forgotten": ("self.after_norm(", "("),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_known_mistakes_would_be_noticed(model, mistake):
+    """One-line edits of ernie_vl.py must move the logits or positions of the reference prompt, far above its tolerance."""
+    old, new = MISTAKES[mistake]
+    assert SOURCE.count(old) == 1
+    inputs, edited = prepared(model, "mixed"), like(model, SOURCE.replace(old, new))
+    theirs = prepared(edited, "mixed")
+    assert theirs.positions.tolist() != inputs.positions.tolist() or distance(edited(theirs), model(inputs)) > 1e-4
+
+
+SHAPE = r"\([^()]*,[^()]*\)"
+SHAPES = re.compile(rf"#\s*({SHAPE}(?:, {SHAPE})*)?\s*(?:->\s*({SHAPE}(?:, {SHAPE})*))?")
+
+
+class ShapeComments:
+    """A trace function that compares `x = ...  # (T, D)` and `def f(x):  # (T, D) -> (T, K)` with live tensors. A letter
+    that the config gives has its value everywhere; the others get theirs where they first stand in a call."""
+
+    def __init__(self, source: str, cfg):
+        text, vision = cfg.text, cfg.vision
+        self.letters = dict(V=text.vocab_size, D=text.hidden_size, H=text.num_attention_heads, G=text.num_key_value_heads,
+                            d=text.head_dim, E=text.moe_num_experts, K=text.moe_k, C=vision.hidden_size, P=3 * 14 * 14)
+        self.in_vit = dict(H=vision.num_heads, d=vision.hidden_size // vision.num_heads)
+        found = {n: SHAPES.search(line) for n, line in enumerate(source.splitlines(), 1)}
+        found = {n: match.groups() for n, match in found.items() if match and any(match.groups())}
+        self.assigned, self.functions, self.checked, self.lies = {}, {}, set(), []
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and node.lineno in found:
+                self.functions[node.lineno] = found[node.lineno]
+            if isinstance(node, ast.Assign) and node.lineno in found:
+                target = node.targets[0]
+                parts = target.elts if isinstance(target, ast.Tuple) else [target]
+                self.assigned[node.lineno] = [part.id for part in parts], found[node.lineno][0]
+
+    def compare(self, line: int, shapes: str | None, values, letters: dict) -> None:
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        for shape, tensor in zip(re.findall(SHAPE, shapes or ""), tensors):
+            dims = [dim.strip() for dim in shape[1:-1].split(",") if dim.strip()]
+            wanted = [self.size(dim, size, letters) for dim, size in zip(dims, tensor.shape)]
+            self.checked.add(line)
+            if len(dims) != tensor.ndim or wanted != list(tensor.shape):
+                self.lies.append(f"line {line}: {shape} is {tuple(tensor.shape)}")
+
+    def size(self, dim: str, found: int, letters: dict):
+        if dim.isidentifier():
+            return letters.setdefault(dim, found)
+        return found if " " in dim or dim == "tokens" else eval(re.sub(r"(\d)([A-Za-z])", r"\1*\2", dim), {}, letters)      # "sum of merged"
+
+    def __call__(self, frame, event, arg):
+        code, live, before = frame.f_code, frame.f_locals, None
+        if code.co_filename != "<ernie_vl>" or code.co_name.startswith("<"):
+            return None
+        in_vit = type(live.get("self")).__name__.startswith("Vision") or code.co_name == "rotate_halves"
+        letters = self.letters | (self.in_vit if in_vit else {}) | dict(zip("thw", live.get("grid", ())))
+        letters |= {name: live[name] for name in ("h", "w", "pairs") if name in live}
+        if code.co_name == "rotate_pairs":                    # of queries, (T, H, d), and of keys, (T, G, d)
+            del letters["H"]
+        takes, gives = self.functions.get(code.co_firstlineno, (None, None))
+        self.compare(code.co_firstlineno, takes, [live[name] for name in code.co_varnames[: code.co_argcount]], letters)
+
+        def step(frame, event, arg):
+            nonlocal before                                   # the line that has just run
+            if before in self.assigned:
+                names, shapes = self.assigned[before]
+                self.compare(before, shapes, map(frame.f_locals.get, names), letters)
+            before = frame.f_lineno if event == "line" else None
+            if event == "return":
+                self.compare(code.co_firstlineno, gives, arg if isinstance(arg, tuple) else (arg,), letters)
+            return step
+        return step
+
+
+def check_shape_comments(model, source: str) -> ShapeComments:
+    edited, comments, before = like(model, source), ShapeComments(source, model.cfg), sys.gettrace()
+    generate = sys.modules[type(edited).__module__].generate
+    sys.settrace(comments)
+    try:
+        list(generate(edited, prepared(edited, "mixed"), 3, stop=(), temperature=1.0, repetition_penalty=1.2, seed=0))
+    finally:
+        sys.settrace(before)
+    return comments
+
+
+def test_shape_comments_are_true(model):
+    comments = check_shape_comments(model, SOURCE)
+    assert comments.lies == []
+    assert comments.checked == {*comments.assigned, *comments.functions} and len(comments.checked) >= 40
+
+
+@pytest.mark.parametrize("truth, lie", [
+    ("softmax(-1)                      # (T, E)", "softmax(-1)   # (T, K)"),
+    ("transpose(0, 1)                                      # (H, T, d)", "transpose(0, 1)   # (T, H, d)"),
+    ("# (N/4, 4C)", "# (N/2, 4C)"),
+    ("# (T, 1, d/2)", "# (T, d/2)"),
+    ("# -> (h*w, 2)", "# -> (2, h*w)"),
+    ("# (2, G, T, d) -> (2, G, S, d)", "# (2, G, T, d) -> (2, G, T, d)"),
+    ("# (T, D) -> (T, K), (T, K)", "# (T, D) -> (T, K), (T, E)"),
+])
+def test_a_lie_in_a_shape_comment_would_be_noticed(model, truth, lie):
+    assert SOURCE.count(truth) == 1
+    assert len(check_shape_comments(model, SOURCE.replace(truth, lie)).lies) > 0
+
+
+def test_the_model_is_short_and_imports_torch_alone():
+    tree = ast.parse(SOURCE)
+    imported = {name.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported == {"torch", "dataclasses", "typing"} and len(SOURCE.splitlines()) <= 600
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert [f.name for f in functions if f.end_lineno - f.lineno >= 40] == []
+    assert [phrase for phrase in ("**kwargs", "strict=False", "getattr(cfg") if phrase in SOURCE] == []
