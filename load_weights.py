@@ -4,7 +4,8 @@
 
 Reads the released "-PT" checkpoints of ERNIE-4.5-VL (28B-A3B, 28B-A3B-Thinking, 424B-A47B), of the text-only relatives
 (21B-A3B, 300B-A47B, 0.3B), and whatever transformers saves of them. On the CPU, a tensor in its stored dtype is mapped
-and not read: its pages come from the file when a token first needs them, and experts that nobody picks stay on disk.
+and not read (routers are): its pages come from the file when a token first needs them, and experts that nobody picks stay
+on disk.
 """
 import os
 import signal
@@ -14,6 +15,7 @@ if __name__ == "__main__":      # Ctrl-C ends the program at once, also while th
 
 import argparse
 import difflib
+import functools
 import json
 import math
 import re
@@ -40,20 +42,23 @@ FAMILIES = {  # model_type -> what it is
 def read_config(raw: dict) -> Config:
     """Both layouts; fields as lists, scalars, null or absent. Raises InputError for what no released model has."""
     try:
-        return read_fields(raw)
+        return read_fields(without_nulls(raw))
     except InputError:
         raise
-    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise InputError(f"config.json has a field of a wrong type ({error}): download it again") from None
 
 
+def without_nulls(raw: dict) -> dict:
+    return {name: without_nulls(value) if isinstance(value, dict) else value for name, value in raw.items() if value is not None}
+
+
 def read_fields(raw: dict) -> Config:
-    kind, vision = raw.get("model_type"), raw.get("vision_config")
+    kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"config.json says model_type {kind!r}, and these can be loaded: {', '.join(FAMILIES)}")
-    if "VL" in FAMILIES[kind] and not vision:
-        raise InputError(f"config.json says model_type {kind!r} and has no vision_config: is it the right file?")
-    text = need(raw, "text_config") if "nested" in FAMILIES[kind] else raw
+    vision = need(raw, "vision_config") if "_vl" in kind else None
+    text = need(raw, "text_config") if kind == "ernie4_5_vl_moe" else raw
     # In the nested layout converters set one of the two fields and leave the other at its default, True.
     tied = all(part.get("tie_word_embeddings", kind != "ernie4_5_moe_vl") for part in (raw, text))
     return Config(read_text_config(text, tied, bool(vision)), read_vision_config(vision, raw), **read_token_ids(raw, vision))
@@ -67,8 +72,8 @@ def read_text_config(raw: dict, tied: bool, vision: bool) -> TextConfig:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     expect(rope, rope_type="default", type="default")
     types = mlp_layer_types(raw, count(raw, "num_hidden_layers", 1000))
-    experts, widths = (listed(raw.get(name), 0) for name in ("moe_num_experts", "moe_intermediate_size"))
-    shared = raw.get("moe_num_shared_experts") or 0
+    experts, widths = (listed(raw.get(name, 0)) for name in ("moe_num_experts", "moe_intermediate_size"))
+    shared = raw.get("moe_num_shared_experts", 0)
     if len(set(experts)) > 1:
         raise InputError(f"config.json gives the modalities unequal numbers of experts, {experts}, and they must be equal")
     if "sparse" in types:
@@ -76,14 +81,15 @@ def read_text_config(raw: dict, tied: bool, vision: bool) -> TextConfig:
         fits(count(raw, "moe_k") <= experts[0] <= 10_000 and all(map(is_count, widths)), "moe_k, experts and widths")
         fits(not shared or is_count(shared, 1000), "moe_num_shared_experts")
     fits(heads % key_heads == 0 and head_dim % 2 == 0, "numbers of heads and their width")
-    fits(0 < need(raw, "rms_norm_eps") < 1, "rms_norm_eps")
+    theta = rope.get("rope_theta", raw.get("rope_theta", 500_000))
+    fits(0 < need(raw, "rms_norm_eps") < 1 <= float(theta) < 1e12, "rms_norm_eps and rope_theta")
     return TextConfig(
         **{name: count(raw, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")},
         num_attention_heads=heads,
         num_key_value_heads=key_heads,
         head_dim=head_dim,
         rms_norm_eps=raw["rms_norm_eps"],
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 500_000),
+        rope_theta=float(theta),
         mrope_section=mrope_section(rope.get("mrope_section"), raw.get("freq_allocation", 20 if vision else 0), head_dim // 2),
         tie_word_embeddings=tied,
         mlp_layer_types=types,
@@ -120,15 +126,15 @@ def read_token_ids(raw: dict, vision: dict | None) -> dict:
 
 
 def mlp_layer_types(raw: dict, layers: int) -> tuple[str, ...]:
-    """Nested: a list. Flat: bounds, one number or one a modality, which may reach past the last layer; null or -1 means
+    """Nested: a list. Flat: bounds, one number or one a modality, which may reach past the last layer; absent or -1 means
     the last layer. A model without experts has neither."""
     if types := tuple(raw.get("mlp_layer_types") or ()):
         fits(len(types) == layers and set(types) <= {"dense", "sparse"}, "mlp_layer_types and num_hidden_layers")
         return types
     if not raw.get("moe_num_experts"):
         return ("dense",) * layers
-    start, end = min(listed(raw.get("moe_layer_start_index"), 0)), max(listed(raw.get("moe_layer_end_index"), -1))
-    end, interval = layers - 1 if end == -1 else end, raw.get("moe_layer_interval", 1)
+    start, interval = min(listed(raw.get("moe_layer_start_index", 0))), raw.get("moe_layer_interval", 1)
+    end = max(layers - 1 if end in (-1, None) else end for end in listed(raw.get("moe_layer_end_index", -1)))
     return tuple("sparse" if start <= l <= end and (l + 1) % interval == 0 else "dense" for l in range(layers))
 
 
@@ -141,7 +147,7 @@ def mrope_section(given: list | None, times: int, pairs: int) -> tuple[int, int,
 
 
 def need(raw: dict, name: str):
-    if raw.get(name) is None:
+    if name not in raw:
         raise InputError(f"config.json has no {name}: is it the file of an ERNIE-4.5 checkpoint?")
     return raw[name]
 
@@ -162,18 +168,15 @@ def fits(condition: bool, what: str) -> None:
 
 def expect(raw: dict, **values) -> None:
     for name, value in values.items():
-        if raw.get(name) not in (None, value):
+        if raw.get(name, value) != value:
             raise InputError(f"config.json says {name} {raw[name]!r}, and only {value!r} is supported")
 
 
-def listed(value, absent: int = 0) -> list:
-    return value if isinstance(value, list) else [absent if value is None else value]
+def listed(value) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 # ------------------------------------------------------------------------- 2. the table of names, ours <- theirs
-# Files differ in their prefixes: the hub's, what transformers saves, what transformers holds in memory.
-PREFIXES = {"model.language_model.": "", "model.vision_tower.": "vision_model.", "vision_tower.": "vision_model.", "model.": ""}
-
 whole: Callable = lambda stored, e, cfg: stored
 router: Callable = lambda stored, e, cfg: stored.T.contiguous() if cfg.vision else stored     # the VL files have it as (D, E)
 text_row: Callable = lambda stored, e, cfg: stored[0]                             # of a tensor (2, E) or (1, E)
@@ -262,7 +265,7 @@ def find_folder(model: str) -> Path:
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{model.replace('/', '--')}"
     main = cache / "refs" / "main"
     newest = main.read_text(errors="replace").strip() if main.is_file() else ""
-    snapshots = sorted(filter(Path.is_dir, cache.glob("snapshots/*")), key=lambda folder: (folder.name == newest, folder.stat().st_mtime))
+    snapshots = sorted(filter(Path.is_dir, cache.glob("snapshots/*")), key=lambda f: (f.name == newest, f.stat().st_mtime))
     if not snapshots:
         raise InputError(f"{model} is neither a folder nor a model in the local Hugging Face cache; to download one: "
                          "pip install huggingface_hub && hf download baidu/ERNIE-4.5-VL-28B-A3B-PT")
@@ -298,7 +301,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     for file in sorted({stored.file for stored in found.values()} or folder.glob("*.safetensors")):
         if file.is_file():
             found |= read_header(file)
-    return {canonical(name): stored for name, stored in found.items() if not LEFT_OUT.search(name)}
+    there = {name: s for name, s in found.items() if not LEFT_OUT.search(name) and (s.shape is not None or not s.file.is_file())}
+    return {canonical(name): stored for name, stored in there.items()}
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -316,8 +320,8 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def canonical(name: str) -> str:
-    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-    return PREFIXES.get(prefix, "") + name.removeprefix(prefix)
+    """Without the prefixes in which the hub's files, what transformers saves, and what it holds in memory differ."""
+    return re.sub(r"^vision_tower\.", "vision_model.", re.sub(r"^(model\.)?(language_model\.)?", "", name))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -366,18 +370,14 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None,
     stored, as in training. progress(done, all) is called now and then with numbers of tensors. Raises InputError."""
     checkpoint = open_checkpoint(Path(folder))
     check_complete(checkpoint)
-    by_file: dict[Path, list[str]] = {}
-    for ours, source in checkpoint.sources.items():
-        by_file.setdefault(source.stored.file, []).append(ours)
+    storage = functools.cache(lambda file: torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size))
     state: dict[str, Tensor] = {}
-    for file, names in by_file.items():
-        storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
-        for ours in names:
-            stored, take, e = checkpoint.sources[ours]
-            tensor = take(mapped(storage, stored), e, checkpoint.cfg)
-            state[ours] = tensor.to(device, wanted_dtype(ours, tensor.dtype, dtype))
-            if len(state) % 100 == 0:
-                progress(len(state), len(checkpoint.sources))
+    for ours, (stored, take, e) in checkpoint.sources.items():
+        tensor = take(mapped(storage(stored.file), stored), e, checkpoint.cfg)
+        wanted = dtype or (torch.float32 if tensor.dtype == torch.float16 else tensor.dtype)
+        state[ours] = tensor.to(device, torch.float32 if "_moe.gate." in ours else wanted)
+        if len(state) % 100 == 0:
+            progress(len(state), len(checkpoint.sources))
     checkpoint.model.load_state_dict(state, strict=True, assign=True)
     return checkpoint.model.eval()
 
@@ -389,12 +389,6 @@ def mapped(storage: torch.UntypedStorage, stored: Stored) -> Tensor:
     raw = torch.empty(0, dtype=torch.uint8).set_(storage, stored.start, (math.prod(stored.shape) * dtype.itemsize,))
     raw = raw.clone() if stored.start % dtype.itemsize else raw      # some writers do not align their tensors
     return raw.view(dtype).view(stored.shape)
-
-
-def wanted_dtype(ours: str, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    if "_moe.gate." in ours:
-        return torch.float32
-    return asked or (torch.float32 if stored == torch.float16 else stored)
 
 
 def check_complete(checkpoint: Checkpoint) -> None:

@@ -90,7 +90,7 @@ class Tokenizer:
         return "".join(map(stream.push, ids)) + stream.flush()
 
     def forbidden(self, vocab_size: int) -> tuple[int, ...]:
-        """Ids that no answer may contain: media tokens, and rows of the embedding that no token owns."""
+        """Ids that no answer may contain: media and reserve tokens, and rows of the embedding that no token owns."""
         allowed = re.compile(r"</?(think|tool_call|response)>|<\|LOC_.*")
         return tuple(i for i in range(len(self.pieces), vocab_size)
                      if i not in self.stop and not allowed.fullmatch(self.names.get(i, "")))
@@ -150,8 +150,12 @@ def chat_style(tokenizer: Tokenizer) -> Style:
     """Told by the folder's own template, which we do not run. A vocabulary without <think> is a text-only relative's."""
     template = tokenizer.folder / "chat_template.jinja"
     text = template.read_text(encoding="utf-8", errors="replace") if template.is_file() else str(tokenizer.settings.get("chat_template", ""))
-    kind = "instruct" if "<think>" in tokenizer.special else "text"
-    return STYLES["thinking" if "thinking_mode" in text or "Thinking" in tokenizer.folder.resolve().name else kind]
+    if "<|im_start|>" in text:
+        raise InputError(f"{tokenizer.folder} converses in ChatML, which is not supported: take a -PT checkpoint")
+    names = tokenizer.folder.absolute().parts[-3:]      # in the Hugging Face cache the model's name stands two levels up
+    if "thinking_mode" in text or any("VL" in name and "Thinking" in name for name in names):
+        return STYLES["thinking"]
+    return STYLES["instruct" if "<think>" in tokenizer.special else "text"]
 
 
 def literal(template: str) -> list[str]:
@@ -163,20 +167,24 @@ def render(messages: list[dict], style: Style, think: bool | None = None) -> lis
     """A conversation -> the parts of its prompt; joined they are the string that the model was trained on.
 
     messages: {"role": "system" | "user" | "assistant", "content": text, or a list of {"type": "text", "text": ...} and
-    {"type": "image", "image": ...} in any order}; an assistant may have "reasoning_content". think: None leaves it to the
+    {"type": "image", "image": ...} in any order}; an assistant may have "reasoning_content", or "</think>" behind it. think: None leaves it to the
     checkpoint. Raises InputError for other roles and types. Pictures are counted over the whole conversation."""
     parts, pictures = literal("<|begin_of_sentence|>"), 0
     if not any(message["role"] == "system" for message in messages) and style.system:
         messages = [{"role": "system", "content": style.system}, *messages]
     for message in messages:
-        content, role = message["content"], message["role"]
+        content, role, thought = message["content"], message["role"], message.get("reasoning_content", "")
+        if role == "assistant" and isinstance(content, str):
+            before, tag, after = content.partition("</think>")
+            thought, content = (before.removeprefix("<think>"), after) if tag else (thought, content)
+            content = content.lstrip("\n")
         content = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if role not in ("system", "user", "assistant"):
             raise InputError(f"a message has the role {role!r}, and system, user and assistant are known")
         parts += {"user": ["User: "], "assistant": ["\nAssistant: "], "system": []}[role]
-        if message.get("reasoning_content"):
+        if thought := thought.strip("\n"):
             before, after = style.history.split("{}")
-            parts += [*literal(before), message["reasoning_content"].strip("\n"), *literal(after)]
+            parts += [*literal(before), thought, *literal(after)]
         for item in content:
             if item["type"] == "text":
                 parts.append(item["text"])
@@ -256,7 +264,7 @@ def patchify(image: Image.Image, min_pixels: int = MIN_PIXELS, max_pixels: int =
 def pixel_budget(folder: Path) -> tuple[int, int]:
     """(fewest, most) pixels of a resized picture, from `size` in the folder's preprocessor_config.json, as transformers
     writes it. The released folders have other keys there, min_pixels and max_pixels, which their own processor does not
-    follow either: for them the figures above hold."""
+    follow either: for them MIN_PIXELS and MAX_PIXELS hold."""
     file = Path(folder) / "preprocessor_config.json"
     size = read_json(file, {}).get("size") or {}
     edges = [size.get("shortest_edge", MIN_PIXELS), size.get("longest_edge", MAX_PIXELS)] if isinstance(size, dict) else []

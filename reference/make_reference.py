@@ -184,7 +184,7 @@ def their_logits(model, inputs: dict, position_ids: torch.Tensor | None = None) 
 @torch.no_grad()
 def their_greedy(model, inputs: dict, tokens: int = 32) -> torch.Tensor:
     model.model.rope_deltas = None
-    never = VOCAB + 1                                    # nothing stops it, and no id is suppressed
+    never = model.config.text_config.vocab_size          # nothing stops it, and no id is suppressed
     out = model.generate(**inputs, do_sample=False, max_new_tokens=tokens, pad_token_id=0, eos_token_id=never)
     return out[0, inputs["input_ids"].shape[1]:]
 
@@ -292,7 +292,7 @@ def main() -> int:
         groups[group] = groups.get(group, 0) + tensor.nbytes
     for group, size in groups.items():
         print(f"{group:24s} {sum(key.startswith(group) for key in out):3d} tensors {size:9,} bytes")
-    save_file(out, HERE / "reference.safetensors", metadata={"transformers": version, "stages of": "the official rule"})
+    save_file(out, HERE / "reference.safetensors", metadata={"transformers": version})
     print(f"{'reference.safetensors':24s} {len(out):3d} tensors {(HERE / 'reference.safetensors').stat().st_size:9,} bytes")
     return 0
 
