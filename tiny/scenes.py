@@ -9,7 +9,7 @@ import random
 import sys
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 210), "yellow": (240, 205, 40),
            "purple": (130, 50, 170), "black": (25, 25, 25)}
@@ -33,13 +33,14 @@ class Thing(NamedTuple):
     y: float
     radius: float
 
-    def __str__(self) -> str:
-        return f"a {self.colour} {self.shape}"
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
 def outline(shape: str, x: float, y: float, r: float, turn: float) -> list[tuple]:
-    """Corners of a shape of equal visual weight, turned by `turn` radians."""
+    """Corners of a shape, scaled so that all shapes look equally large, and turned by `turn` radians."""
     corners, reach = {"square": (4, (1.15,)), "triangle": (3, (1.25,)), "star": (10, (1.3, 0.55)), "circle": (48, (1.0,))}[shape]
     start = math.pi / 4 if shape == "square" else -math.pi / 2
     angles = [start + turn + 2 * math.pi * i / corners for i in range(corners)]
@@ -47,7 +48,7 @@ def outline(shape: str, x: float, y: float, r: float, turn: float) -> list[tuple
 
 
 def draw(things: list[Thing], rng: random.Random) -> Image.Image:
-    """A picture of any size and proportion on a pale background, every colour a little off its name."""
+    """A picture of 90 to 260 pixels, wide or tall, on a pale background, every colour a little off its name."""
     width = rng.randint(90, 260)
     height = round(width * rng.uniform(0.7, 1.4))
     pale = tuple(rng.randint(205, 255) for _ in range(3))
@@ -82,19 +83,19 @@ def describe(rng: random.Random) -> Example:
     question = rng.choice(["Describe this image.", "Describe the picture.", "What is in this picture?", "What do you see?"])
     if rng.random() < 0.4:
         things, place = one_thing(rng)
-        answer = f"{things[0]} {place}."
+        answer = f"A {things[0].name} {place}."
     else:
         things, (forth, _) = two_things(rng)
-        answer = f"{things[0]} {forth} {things[1]}."
-    return Example(question, draw(things, rng), answer[0].upper() + answer[1:])
+        answer = f"A {things[0].name} {forth} a {things[1].name}."
+    return Example(question, draw(things, rng), answer)
 
 
 def where(rng: random.Random) -> Example:
     things, relation = two_things(rng)
     asked = rng.randrange(2)
     it, other = things[asked], things[1 - asked]
-    question = rng.choice(["Where is the {}?", "Where do you see the {}?"]).format(str(it).removeprefix("a "))
-    return Example(question, draw(things, rng), f"It is {relation[asked]} the {str(other).removeprefix('a ')}.")
+    question = rng.choice(["Where is the {}?", "Where do you see the {}?"]).format(it.name)
+    return Example(question, draw(things, rng), f"It is {relation[asked]} the {other.name}.")
 
 
 SKILLS = {"describe": describe, "where": where}
@@ -105,7 +106,7 @@ def sheet(seed: int = 0, columns: int = 4, rows: int = 3) -> Image.Image:
     for i in range(columns * rows):
         example = rng.choice(list(SKILLS.values()))(rng)
         x, y = i % columns * 300 + 10, i // columns * 330 + 10
-        page.paste(example.picture.resize((280, 280)), (x, y))
+        page.paste(ImageOps.contain(example.picture, (280, 280)), (x, y))
         ImageDraw.Draw(page).text((x, y + 284), f"{example.question}\n{example.answer}", fill="black")
     return page
 

@@ -3,7 +3,8 @@
     python tiny/train.py              from nothing; --resume goes on after an interruption
     python tiny/train.py --evaluate   how much the checkpoint in this folder gets right on fresh pictures
 
-Writes the folder it stands in: config.json (nested layout), model.safetensors (the hub's names), the vocabulary.
+Writes the checkpoint in the folder it stands in, with config.json in the nested layout and tensors under the hub's names, and
+training.pt, from which --resume goes on.
 """
 import argparse
 import io
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from ernie_vl import ErnieVL, Experts, Inputs, generate, is_vision, positions      # noqa: E402
+from ernie_vl import ErnieVL, Experts, Inputs, generate                            # noqa: E402
 from load_weights import candidates, load, read_config, router                     # noqa: E402
 from scenes import COLOURS, PLACES, RELATIONS, SHAPES, SKILLS                      # noqa: E402
 from tokenizer import Tokenizer, encode_chat                                       # noqa: E402
@@ -31,6 +32,7 @@ from tokenizer import Tokenizer, encode_chat                                    
 FRESH = 1_000_000            # seeds of pictures that are never trained on start here
 PIXELS = 12_544, 25_088        # smallest and largest picture: 16 to 32 tokens
 PACK = 6                     # conversations behind one another in one sequence, which makes one optimizer step
+# so that questions in other words have longer pieces than bytes
 ENGLISH = "who what when which how many are there in the picture and can you tell me please it has one two three four no yes not"
 CONTROL = ["<|end_of_sentence|>", "<|begin_of_sentence|>", "<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>",
            "<|VIDEO_START|>", "<|VIDEO_END|>", "<|VIDEO_PLACEHOLDER|>", "<think>", "</think>"]
@@ -119,18 +121,18 @@ class BiasUpdate:
     than the average and down for the others. The bias has no gradient."""
 
     def __init__(self, model: ErnieVL, rate: float = 1e-3):
-        self.rate, self.routers = rate, [m.gate for m in model.modules() if isinstance(m, Experts)]
-        self.counts = [torch.zeros_like(router.e_score_correction_bias) for router in self.routers]
-        for router, count in zip(self.routers, self.counts):
-            router.register_forward_hook(partial(self.count, count))
+        self.rate, self.gates = rate, [m.gate for m in model.modules() if isinstance(m, Experts)]
+        self.counts = [torch.zeros_like(gate.e_score_correction_bias) for gate in self.gates]
+        for gate, count in zip(self.gates, self.counts):
+            gate.register_forward_hook(partial(self.count, count))
 
     @staticmethod
-    def count(count: torch.Tensor, router, x, out) -> None:
+    def count(count: torch.Tensor, gate, x, out) -> None:
         count += out[1].flatten().bincount(minlength=len(count))
 
     def step(self) -> None:
-        for router, count in zip(self.routers, self.counts):
-            router.e_score_correction_bias += self.rate * (count.mean() - count).sign()
+        for gate, count in zip(self.gates, self.counts):
+            gate.e_score_correction_bias += self.rate * (count.mean() - count).sign()
             count.zero_()
 
 
@@ -171,7 +173,8 @@ def train(steps: int, resume: bool, rate: float) -> None:
         if (step + 1) % 100 == 0:
             print(f"step {step + 1:6d} of {steps}   loss {sum(recent) / len(recent):.4f}   {time.time() - start:6.0f} s", flush=True)
         if (step + 1) % 2000 == 0 or step + 1 == steps:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "seconds": time.time() - start}, HERE / "training.pt")
+            state = {"step": step + 1, "seconds": time.time() - start, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state, HERE / "training.pt")
             save(model, HERE / "model.safetensors")
             print(evaluate(50), flush=True)
 
@@ -195,4 +198,9 @@ if __name__ == "__main__":
     parser.add_argument("--evaluate", action="store_true", help="train nothing, count right answers on 100 fresh pictures a skill")
     args = parser.parse_args()
     torch.set_num_threads(1)      # so small a model is faster on one
-    print(evaluate(100)) if args.evaluate else train(args.steps, args.resume, args.rate)
+    if args.resume and not (HERE / "training.pt").is_file():
+        sys.exit("error: there is no training.pt to resume from: start without --resume")
+    try:
+        print(evaluate(100)) if args.evaluate else train(args.steps, args.resume, args.rate)
+    except KeyboardInterrupt:
+        sys.exit("stopped: --resume goes on from the last 2,000 steps that were completed")
