@@ -20,6 +20,7 @@ There is no batch dimension: one conversation at a time. The model keeps no stat
 The released checkpoints come through `load_weights.py`; text and pictures become tensors in `tokenizer.py`.
 License: Apache-2.0. Technical report: https://ernie.baidu.com/blog/publication/ERNIE_Technical_Report.pdf
 """
+import math
 from dataclasses import dataclass
 from typing import Iterator, NamedTuple
 
@@ -290,6 +291,27 @@ class KVCache:
         return self.buffer[:, :, : self.length]
 
 
+class Cache:
+    """What a conversation has computed so far: keys and values of every layer, and a mark for every token of it, by which
+    the next prompt finds out how much of it is there already (see `ErnieVL.marks`)."""
+
+    def __init__(self, layers: int):
+        self.layers, self.marks = [KVCache() for _ in range(layers)], []
+
+    def keep(self, marks: list[int]) -> int:
+        """Forgets all but what a prompt with these marks begins with, and returns the length of that. The last token is
+        never in it, since its logits are wanted; nor is half a picture: its tokens have one mark."""
+        same = 0
+        while same < min(len(self.marks), len(marks) - 1) and self.marks[same] == marks[same]:
+            same += 1
+        while same and marks[same] == marks[same - 1]:
+            same -= 1
+        self.marks = self.marks[:same]
+        for layer in self.layers:
+            layer.length = same
+        return same
+
+
 class Attention(nn.Module):
     """Grouped queries: H query heads share G keys and values. A token sees itself and everything before it."""
 
@@ -430,15 +452,14 @@ class ErnieVL(nn.Module):
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.lm_head = None if text.tie_word_embeddings else nn.Linear(text.hidden_size, text.vocab_size, bias=False)
 
-    def forward(self, inputs: Inputs, cache: list[KVCache] | None = None, only_last: bool = False) -> Tensor:
+    def forward(self, inputs: Inputs, cache: Cache | None = None, only_last: bool = False) -> Tensor:
         """Logits of every token, (T, V), or of the last one alone, (1, V). A cache from `new_cache` is extended in place;
-        `inputs` are then the tokens that follow what it holds, with positions that go on counting (see `generate`), and
-        a picture comes whole."""
+        `inputs` are then the tokens that follow what it holds, with positions that go on counting (see `rest`)."""
         x = self.embed(inputs)                                                             # (T, D)
         angles = rope_angles(inputs.positions, self.cfg.text)[:, None]                     # (T, 1, d/2)  for all layers
         cos, sin = angles.cos(), angles.sin()
-        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers), strict=True):
-            x = layer(x, cos, sin, inputs.is_vision, layer_cache)                          # (T, D)
+        for layer, kv in zip(self.layers, cache.layers if cache else [None] * len(self.layers), strict=True):
+            x = layer(x, cos, sin, inputs.is_vision, kv)                                   # (T, D)
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(self.norm(x[-1:] if only_last else x), head.weight)
 
@@ -450,8 +471,26 @@ class ErnieVL(nn.Module):
             x[is_placeholder(inputs.ids, self.cfg)] = features.type_as(x)
         return x
 
-    def new_cache(self) -> list[KVCache]:
-        return [KVCache() for _ in self.layers]
+    def new_cache(self) -> Cache:
+        return Cache(len(self.layers))
+
+    def marks(self, inputs: Inputs) -> list[int]:
+        """A number for every token, by which two prompts are compared: its id, or for a placeholder one that stands for
+        the whole picture. (hash is the same for the same bytes within one run of Python, and that is enough.)"""
+        marks, slots = inputs.ids.tolist(), is_placeholder(inputs.ids, self.cfg).nonzero().flatten()
+        pictures = inputs.patches.cpu().split([t * h * w for t, h, w in inputs.grids])
+        for grid, picture, run in zip(inputs.grids, pictures, slots.split([math.prod(merged(g)) for g in inputs.grids])):
+            marks[run[0] : run[-1] + 1] = [hash((grid, picture.numpy().tobytes()))] * len(run)
+        return marks
+
+    def rest(self, inputs: Inputs, done: int) -> Inputs:
+        """What is left of a prompt whose first `done` tokens a cache holds, and the pictures that stand in it."""
+        left, grids = int(is_placeholder(inputs.ids[done:], self.cfg).sum()), []
+        while sum(math.prod(merged(grid)) for grid in grids) < left:
+            grids.insert(0, inputs.grids[-1 - len(grids)])
+        rows = sum(math.prod(grid) for grid in grids)
+        return Inputs(inputs.ids[done:], inputs.positions[:, done:], inputs.is_vision[done:],
+                      inputs.patches[len(inputs.patches) - rows :], grids)
 
     def prepare(self, ids: list[int], patches: Tensor | None = None, grids: list[tuple] = (),
                 position_rule: str = "official") -> Inputs:
@@ -517,18 +556,23 @@ def penalize(logits: Tensor, seen: list[int], penalty: float) -> Tensor:        
 @torch.inference_mode()
 def generate(model: ErnieVL, inputs: Inputs, max_new_tokens: int = 1024, stop: tuple[int, ...] = (2,),
              temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0,
-             seed: int | None = None, forbidden: tuple[int, ...] = ()) -> Iterator[int]:
+             seed: int | None = None, forbidden: tuple[int, ...] = (), cache: Cache | None = None) -> Iterator[int]:
     """Yields token ids one by one, until one of `stop` (not yielded) or the end of the context. The prompt runs once,
-    with its pictures; then one token a step. `forbidden` ids are never chosen. The same seed gives the same ids."""
+    with its pictures; then one token a step. `forbidden` ids are never chosen. The same seed gives the same ids. A `cache`
+    from the turn before saves computing again what this prompt begins with."""
     generator = torch.Generator()       # on the CPU, like the logits below: a seed means the same on every device
     if seed is not None:
         generator.manual_seed(seed)
     else:
         generator.seed()
-    cache, seen, forbidden = model.new_cache(), inputs.ids.tolist(), list(forbidden)
+    cache, seen, forbidden = cache or model.new_cache(), inputs.ids.tolist(), list(forbidden)
     step = inputs._replace(patches=inputs.patches[:0], grids=[], is_vision=torch.zeros_like(inputs.is_vision[:1]))
+    marks = model.marks(inputs)
+    done = cache.keep(marks)
+    inputs, marks = model.rest(inputs, done), marks[done:]
     for _ in range(min(max_new_tokens, model.cfg.text.max_position_embeddings - len(seen))):
         logits = model(inputs, cache, only_last=True)[0].float().cpu()                     # (V,)
+        cache.marks += marks
         logits[forbidden] = -torch.inf
         if repetition_penalty != 1:
             logits = penalize(logits, seen, repetition_penalty)
@@ -538,3 +582,4 @@ def generate(model: ErnieVL, inputs: Inputs, max_new_tokens: int = 1024, stop: t
         yield token
         seen.append(token)      # whatever it says, it goes to the text experts, one step further on all three axes
         inputs = step._replace(ids=inputs.ids.new_tensor([token]), positions=inputs.positions[:, -1:] + 1)
+        marks = [token]

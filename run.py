@@ -1,8 +1,11 @@
-"""Ask ERNIE-4.5-VL about pictures.
+"""Ask ERNIE-4.5-VL about pictures and clips.
 
     python run.py --image photo.jpg
     python run.py --image before.jpg --image after.jpg --prompt "What changed?"
-    python run.py --model ERNIE-4.5-VL-28B-A3B-PT --image page.png --prompt "Read the table." --think
+    python run.py --video clip.mp4 --prompt "What happens, and when?"
+    python run.py --model ERNIE-4.5-VL-28B-A3B-Thinking --image page.png --prompt "Read the small print." --zoom
+    python run.py --image street.jpg --prompt "Locate every car as JSON with bbox_2d and label." --boxes cars.png
+    python run.py --chat
     python run.py --image photo.jpg --save-logits logits.safetensors
 
 The answer goes to stdout as it is produced, everything else to stderr. Exit code 2: something given cannot be used.
@@ -14,12 +17,16 @@ if __name__ == "__main__":      # Ctrl-C ends the program at once, also while th
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import base64
+import contextlib
+import io
 import json
 import math
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Callable
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -53,13 +60,27 @@ def share(text: str) -> float:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("what to ask").add_argument
-    add("--image", metavar="FILE", action="append", default=[], help="a picture; give it again for more of them")
+    add("--image", metavar="FILE", dest="media", action="append", default=[], type=lambda file: ("image", file),
+        help="a picture; give it again for more of them")
+    add("--video", metavar="FILE", dest="media", action="append", type=lambda file: ("video", file), help="a clip: an animated "
+        "picture, a folder of numbered frames, or with PyAV installed a film; pictures and clips keep the order given")
     add("--prompt", metavar="TEXT", help="the question (default with a picture: Describe this image.)")
     add("--system", metavar="TEXT", help="a system message before the question")
     add("--think", action=argparse.BooleanOptionalAction, help="reason before answering, or not (default: what the checkpoint "
         "was made for)")
     add("--max-pixels", metavar="N", type=at_least(28 * 28, int, ": one token takes 28 x 28 pixels"),
-        help="resize pictures to at most N pixels: fewer tokens, faster, less detail")
+        help="resize pictures and frames to at most N pixels: fewer tokens, faster, less detail")
+    add("--fps", metavar="X", type=at_least(0.001, float), default=2.0, help="frames of a clip to look at, a second (default: 2)")
+    add("--max-frames", metavar="N", type=at_least(1, int), default=180, help="and at most so many (default: %(default)s)")
+    add("--tools", metavar="FILE", type=Path, help="JSON list of tools in OpenAI's format that the model may call")
+    add("--zoom", action="store_true", help="let the model zoom into the last picture of the question, as the Thinking "
+        "checkpoint has learned to")
+    add("--max-zooms", metavar="N", type=at_least(0, int), default=4, help="how often (default: %(default)s)")
+    add = parser.add_argument_group("instead of one question").add_argument
+    add("--chat", action="store_true", help="a conversation in the terminal")
+    add("--messages", metavar="FILE", type=Path, help="JSON list of messages in OpenAI's format, the last of which is answered")
+    add("--batch", metavar="FILE", type=Path, help='one request a line, {"messages": [...]}, and one line of JSON for each')
+    add("--out", metavar="FILE", type=Path, help="where --batch writes (default: stdout); lines that are there are not done again")
     add = parser.add_argument_group("which model").add_argument
     add("--model", metavar="FOLDER", default=str(TINY), help="a checkpoint folder, or a hub id in the local Hugging Face cache "
         "(default: the bundled tiny/, which knows coloured shapes)")
@@ -73,16 +94,42 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--repetition-penalty", metavar="X", type=at_least(0.01, float), default=1.0, help="above 1, repeats become less likely")
     add("--seed", metavar="N", type=at_least(0, int), help="the same seed gives the same answer (default: another each time)")
     add = parser.add_argument_group("what to print").add_argument
-    add("--json", action="store_true", help="one JSON object: answer, token counts, seconds by stage")
+    add("--show-thinking", action="store_true", help="the reasoning too, when the output is no terminal")
+    add("--boxes", metavar="FILE", type=Path, help="draw what the answer locates on the last picture of the question")
+    add("--json", action="store_true", help="the reply as one JSON object in OpenAI's format: content, reasoning_content, "
+        "tool_calls, with boxes in pixels, token counts, and seconds by stage")
     add("--save-logits", metavar="FILE", type=Path, help="do not answer: run the prompt once and write its inputs and the logits "
         "of every token in fp32, to check other implementations against")
     args = parser.parse_args(argv)
-    if args.prompt is None and not args.image:
+    modes = [name for name in ("chat", "batch", "save_logits") if getattr(args, name)]
+    question = args.media or args.prompt is not None
+    if len(modes) > 1:
+        parser.error("--chat, --batch and --save-logits are different things to do: give one of them")
+    if not (question or args.messages or args.chat or args.batch):
         parser.error("nothing to answer: give --image FILE, --prompt TEXT, or both")
+    if (args.messages or args.batch) and (question or args.system is not None):
+        parser.error("--messages and --batch hold whole conversations: put the question, its pictures and system message there")
+    if args.messages and args.batch or args.out and not args.batch:
+        parser.error("--out goes with --batch, and --messages does not")
+    if modes and (args.boxes or args.json):
+        parser.error("--json and --boxes are for one reply: leave out --chat, --batch or --save-logits")
     return args
 
 
-# ------------------------------------------------------------------------------------------------ running one turn
+if __name__ == "__main__":
+    parse(None)     # --help and wrong options are answered at once, and not after the second that torch takes to load
+
+import torch                                                                                                     # noqa: E402
+from safetensors import SafetensorError                                                                          # noqa: E402
+from safetensors.torch import save_file                                                                          # noqa: E402
+
+from ernie_vl import ErnieVL, Inputs, InputError, generate, merged                                               # noqa: E402
+from load_weights import find_folder, load                                                                       # noqa: E402
+from tokenizer import (ZOOM_TOOL, Box, Media, Reply, Stream, Tokenizer, crop, draw_boxes, encode_chat,           # noqa: E402
+                       find_boxes, load_media, read_tools, short)
+
+
+# ------------------------------------------------------------------------------------------------------- small parts
 def say(line: str = "", redraw: bool = False) -> None:
     """A line on stderr. Only in a terminal may it draw over itself; elsewhere what would be drawn over is left out."""
     try:
@@ -101,13 +148,12 @@ class Clock:
 
     def lap(self, stage: str) -> float:
         now = time.perf_counter()
-        self.seconds[stage], self.last = now - self.last, now
+        self.seconds[stage] = self.seconds.get(stage, 0) + now - self.last
+        self.last = now
         return self.seconds[stage]
 
 
 def pick_device(asked: str) -> str:
-    import torch
-    from ernie_vl import InputError
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in there if there[name]) if asked == "auto" else asked
     if not there[device]:
@@ -115,134 +161,388 @@ def pick_device(asked: str) -> str:
     return device
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path | None) -> Path | None:
     """Before minutes of work, not after them. Only an ordinary file may be replaced, never a device or a folder."""
-    from ernie_vl import InputError
-    if path.exists() and not path.is_file() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    path = path and path.resolve()
+    if path and (path.exists() and not path.is_file() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
         raise InputError(f"{path} cannot be written: name a file in a folder that exists and is yours")
+    return path
 
 
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """The file appears when it is complete; until then, and if that fails, whatever stood there stays."""
+    check_output(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
+            write(Path(folder) / path.name)
+            os.replace(Path(folder) / path.name, path)
+    except (SafetensorError, OSError, ValueError) as error:       # ValueError: pillow does not know the ending
+        raise InputError(f"{path} could not be written ({error})") from None
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from None
+
+
+def read_request(text: str, where: str | Path, key: str = "messages") -> dict:
+    """JSON of a request, {"messages": [...], "tools": [...]}, or of the list under one of its keys alone."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is no valid JSON ({error})") from None
+    value = value if isinstance(value, dict) else {key: value}
+    return {"messages": value.get("messages"), "tools": read_tools(value.get("tools") or [])}
+
+
+# --------------------------------------------------------------------------------------------------------- an answer
+class Printer:
+    """Shows a reply while it comes: the answer plain, the reasoning dim in a terminal and elsewhere only when asked for."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.terminal = bool(sys.stdout) and sys.stdout.isatty()
+        self.hidden = set() if self.terminal or args.show_thinking else {"reasoning"}
+        self.last = None
+
+    def show(self, kind: str, text: str) -> None:
+        if kind not in self.hidden and not (kind == "tool_call" and is_zoom(json.loads(text))):
+            if self.last and (kind != self.last or kind == "tool_call"):
+                print("\n\n" if self.last == "reasoning" else "\n", end="")
+            print(f"\033[2m{text}\033[0m" if kind == "reasoning" and self.terminal else text, end="", flush=True)
+            self.last = kind
+        elif self.last:
+            self.last = kind
+
+    def end(self) -> None:
+        print(flush=True)
+        self.last = None
+
+
+def is_zoom(call: dict) -> bool:
+    return call["function"]["name"] == ZOOM_TOOL["function"]["name"]
+
+
+class Assistant:
+    """A loaded checkpoint that answers conversations. What it has computed for one is not computed again for the next, as
+    far as they begin alike."""
+
+    def __init__(self, model: ErnieVL, tokenizer: Tokenizer, tools: list[dict], args: argparse.Namespace, clock: Clock):
+        self.model, self.tokenizer, self.args, self.clock = model, tokenizer, args, clock
+        self.tools, self.cache = tools + [ZOOM_TOOL] * args.zoom, model.new_cache()
+        self.stop, self.forbidden = tuple(tokenizer.stop), tokenizer.forbidden(model.cfg.text.vocab_size)
+        self.ended, self.tokens, self.prompt_tokens, self.media_tokens = "stop", 0, 0, 0      # of the last turn
+
+    def read(self, messages: list[dict], seen: Callable[[Media], None] = lambda media: None) -> list[dict]:
+        return load_messages(messages, self.tokenizer.folder, self.args, seen)
+
+    def inputs(self, messages: list[dict], ask: bool = True) -> Inputs:
+        return self.model.prepare(*encode_chat(self.tokenizer, messages, self.args.think, self.tools, ask=ask))
+
+    def answer(self, messages: list[dict], show: Callable) -> dict:
+        """The next message. show(kind, text) is called with its parts as they come. Ctrl-C ends it early, and what is there
+        stands."""
+        args, inputs, before = self.args, self.inputs(messages), self.tokens
+        reply, stream = Reply(self.tokenizer.begins_thinking(inputs.ids.tolist())), Stream(self.tokenizer, self.tokenizer.shown)
+        most = min(args.max_new_tokens, self.model.cfg.text.max_position_embeddings - len(inputs.ids))
+        self.prompt_tokens, self.media_tokens = len(inputs.ids), sum(math.prod(merged(grid)) for grid in inputs.grids)
+        try:
+            for id in generate(self.model, inputs, most, self.stop, args.temperature, args.top_k, args.top_p,
+                               args.repetition_penalty, args.seed, self.forbidden, self.cache):
+                self.clock.lap("other_tokens" if self.tokens else "first_token")
+                self.tokens += 1
+                for event in reply.push(stream.push(id)):
+                    show(*event)
+            self.ended = "length" if self.tokens - before == most else "stop"
+        except KeyboardInterrupt:
+            self.ended = "interrupted"
+        for event in reply.push(stream.flush(), final=True):
+            show(*event)
+        self.clock.lap("other_tokens" if self.tokens else "first_token")
+        return reply.message()
+
+    def converse(self, messages: list[dict], show: Callable = lambda kind, text: None) -> None:
+        """Appends the answer to a conversation, and before it what the model wanted to see more closely."""
+        self.tokens, zooms = 0, 0
+        while True:
+            messages += self.read([self.answer(messages, show)])
+            calls = messages[-1].get("tool_calls", [])
+            self.ended = "tool_calls" if calls and self.ended == "stop" else self.ended
+            ours = self.args.zoom and calls and all(map(is_zoom, calls))
+            if not ours or zooms > self.args.max_zooms or self.ended == "interrupted":
+                return
+            for call in calls:
+                zooms += 1
+                messages += self.zoom(messages, call, zooms <= self.args.max_zooms)
+
+    def zoom(self, messages: list[dict], call: dict, allowed: bool) -> list[dict]:
+        """The message that answers a call of image_zoom_in_tool."""
+        box, picture = json.loads(call["function"]["arguments"]).get("bbox_2d"), last_picture(messages)
+        answer = lambda content: self.read([{"role": "tool", "tool_call_id": call["id"], "content": content}])
+        try:
+            if not allowed:
+                raise InputError("There is no zoom left: answer with what you have seen.")
+            if not picture:
+                raise InputError("There is no picture to zoom into.")
+            result = answer([{"type": "image", "image": crop(picture.image, box)}])
+            say(f"zoom to {box}: {result[0]['content'][0]['image'].note}")
+        except InputError as error:
+            result = answer(str(error))
+            say(f"zoom to {box}: {error}")
+        return result
+
+    def settle(self, messages: list[dict]) -> None:
+        """Reads the conversation as the next turn will have it, while the person reads the answer. The template may leave
+        out of an earlier answer what stood before it when it was new, the empty <think>, so its place has changed."""
+        next(generate(self.model, self.inputs(messages, ask=False), 1, cache=self.cache), None)
+
+    def report(self) -> None:
+        seconds, tokens = self.clock.seconds, self.tokens
+        speed = f", then {(tokens - 1) / seconds['other_tokens']:.1f} tokens/s" if tokens > 1 else ""
+        say(f"{self.prompt_tokens:,} tokens read, first token after {seconds['first_token']:.2f} s{speed}; "
+            f"{tokens:,} tokens in {sum(seconds.values()):.1f} s")
+
+    def reply(self, messages: list[dict]) -> dict:
+        """The last message with what a program wants to know of it."""
+        boxes, picture = boxes_of(messages[-1]), last_picture(messages)
+        found = [{"label": box.label, "bbox": box.pixels(picture.image.size)} for box in boxes] if picture else []
+        out = {**written(messages[-1]), "finish_reason": self.ended, "boxes": found}
+        return out | {"usage": {"prompt_tokens": self.prompt_tokens, "picture_tokens": self.media_tokens,
+                                "completion_tokens": self.tokens},
+                      "seconds": {stage: round(s, 4) for stage, s in self.clock.seconds.items()}}
+
+
+def load_messages(messages: list[dict], folder: Path, args: argparse.Namespace, seen: Callable[[Media], None]) -> list[dict]:
+    return load_media(messages, folder, args.max_pixels, args.fps, args.max_frames, seen)
+
+
+def announce(media: Media) -> None:
+    say(f"{short(media.source)} {media.note}")
+
+
+def last_picture(messages: list[dict]) -> Media | None:
+    """The zoom tool's schema has no number of a picture: it is the last one that a user has shown."""
+    items = [item for message in messages if message["role"] == "user" for item in message["content"]]
+    return next((item["image"] for item in reversed(items) if item["type"] == "image"), None)
+
+
+def boxes_of(message: dict) -> list[Box]:
+    return find_boxes("".join(item["text"] for item in message["content"]))
+
+
+def written(message: dict) -> dict:
+    """A message as JSON: pictures as the paths they came from, or as data URIs where there were none."""
+    def item(part: dict) -> dict:
+        kind = part["type"]
+        if kind == "text" or isinstance(part[kind].source, (str, Path)):
+            return {"type": kind, kind: part["text"] if kind == "text" else str(part[kind].source)}
+        buffer = io.BytesIO()
+        part[kind].image.save(buffer, "PNG")
+        return {"type": "image", "image": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()}
+
+    content = [item(part) for part in message["content"]]
+    content = content[0]["text"] if [part["type"] for part in content] == ["text"] else content
+    return {key: value for key, value in {**message, "content": content}.items() if value or key == "content"}
+
+
+# -------------------------------------------------------------------------------------------------------- what to do
 def run(args: argparse.Namespace) -> None:
-    import torch
-    from load_weights import find_folder, load
-    from tokenizer import Tokenizer, encode_chat
-
-    if args.save_logits:
-        args.save_logits = args.save_logits.resolve()
-        check_output(args.save_logits)
     clock, device, folder = Clock(), pick_device(args.device), find_folder(args.model)
-    tokenizer, names = Tokenizer(folder), iter(args.image)
-    prompt = encode_chat(tokenizer, messages(args), args.think, args.max_pixels, seen=lambda image, size, tokens: say(
-        f"{next(names)} {image.width} x {image.height} -> {size[0]} x {size[1]} -> {tokens:,} tokens"))
+    args.save_logits, args.boxes, args.out = map(check_output, (args.save_logits, args.boxes, args.out))
+    tokenizer, requests = Tokenizer(folder), batch_lines(args) if args.batch else []
+    messages, tools = question(args), read_request(read_text(args.tools), args.tools, "tools")["tools"] if args.tools else []
+    if args.messages:
+        request = read_request(read_text(args.messages), args.messages)
+        messages, tools = request["messages"], tools + request["tools"]
+    if messages or args.messages:
+        messages = load_messages(messages, tokenizer.folder, args, announce)
+    if args.boxes and not last_picture(messages):
+        raise InputError("--boxes draws on a picture: give one with --image")
     clock.lap("pictures")
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     model = load(folder, device, dtype, lambda done, all: say(f"loading {folder.name}: {100 * done // all} %", redraw=True))
     say(f"{folder.name} loaded on {device} in {clock.lap('load'):.1f} s")
     if sum(p.numel() for p in model.parameters()) < 1e7:
         torch.set_num_threads(1)        # so small a model is faster when threads need not wait for one another
-    inputs = model.prepare(*prompt)
+    assistant = Assistant(model, tokenizer, tools, args, clock)
+    signal.signal(signal.SIGINT, signal.default_int_handler)      # from here on Ctrl-C ends an answer, and its text stands
     if args.save_logits:
-        save_logits(model, inputs, args.save_logits)
+        save_logits(model, assistant.inputs(messages), args.save_logits)
+    elif args.batch:
+        batch(assistant, requests, args.out)
+    elif args.chat:
+        chat(assistant, messages)
     else:
-        answer(model, tokenizer, inputs, clock, args)
+        answer(assistant, messages)
 
 
-def messages(args: argparse.Namespace) -> list[dict]:
-    question = "Describe this image." if args.prompt is None else args.prompt
-    content = [{"type": "text", "text": question}, *({"type": "image", "image": file} for file in args.image)]
+def question(args: argparse.Namespace) -> list[dict]:
+    usual = f"Describe this {'video' if args.media and all(kind == 'video' for kind, _ in args.media) else 'image'}."
+    content = [{"type": "text", "text": usual if args.prompt is None else args.prompt}]
+    content += [{"type": kind, kind: file} for kind, file in args.media]
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    return [*system, {"role": "user", "content": content}]
+    return [*system, {"role": "user", "content": content}] if args.media or args.prompt is not None else system
 
 
-def answer(model, tokenizer, inputs, clock: Clock, args: argparse.Namespace) -> None:
-    """Prints the answer as it comes, or all of it in one JSON object. Ctrl-C ends it early, and what is there stands."""
-    from ernie_vl import generate
-    from tokenizer import Stream
-
-    stream, text, tokens, ended = Stream(tokenizer, keep=("<think>", "</think>")), "", 0, "stop"
-    most = min(args.max_new_tokens, model.cfg.text.max_position_embeddings - len(inputs.ids))
-    at_once = signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def show(piece: str) -> None:
-        nonlocal text
-        text += piece
-        if not args.json:
-            print(piece, end="", flush=True)
-
-    try:
-        for id in generate(model, inputs, most, tuple(tokenizer.stop), args.temperature, args.top_k, args.top_p,
-                           args.repetition_penalty, args.seed, tokenizer.forbidden(model.cfg.text.vocab_size)):
-            if not tokens:
-                clock.lap("first_token")
-            tokens += 1
-            show(stream.push(id))
-        ended = "length" if tokens == most else "stop"
-    except KeyboardInterrupt:
-        ended = "interrupted"
-        raise
-    finally:
-        signal.signal(signal.SIGINT, at_once)
-        show(stream.flush())
-        clock.lap("other_tokens" if tokens else "first_token")
-        report(text, tokens, ended, inputs, clock, args)
-
-
-def report(text: str, tokens: int, ended: str, inputs, clock: Clock, args: argparse.Namespace) -> None:
-    from ernie_vl import merged
-
-    seconds, pictures = clock.seconds, sum(math.prod(merged(grid)) for grid in inputs.grids)
+def answer(assistant: Assistant, messages: list[dict]) -> None:
+    args, printer = assistant.args, Printer(assistant.args)
     if args.json:
-        reply = {"answer": text, "finish_reason": ended, "prompt_tokens": len(inputs.ids), "picture_tokens": pictures,
-                 "answer_tokens": tokens, "seconds": {stage: round(s, 4) for stage, s in seconds.items()}}
-        print(json.dumps(reply, ensure_ascii=False), flush=True)
+        assistant.converse(messages)
+        print(json.dumps(assistant.reply(messages), ensure_ascii=False), flush=True)
     else:
-        print(flush=True)
-    speed = f", then {(tokens - 1) / seconds['other_tokens']:.1f} tokens/s" if tokens > 1 else ""
-    say(f"{len(inputs.ids):,} tokens read, first token after {seconds['first_token']:.2f} s{speed}; "
-        f"{tokens:,} tokens in {sum(seconds.values()):.1f} s")
+        assistant.converse(messages, printer.show)
+        printer.end()
+    assistant.report()
+    if args.boxes:
+        boxes, picture = boxes_of(messages[-1]), last_picture(messages)
+        if boxes:
+            write_whole(args.boxes, draw_boxes(picture.image, boxes).save)
+        say(f"drew {len(boxes)} boxes in {args.boxes}" if boxes else f"the answer locates nothing, so {args.boxes} was not written")
+    if assistant.ended == "interrupted":
+        raise KeyboardInterrupt
 
 
-def save_logits(model, inputs, path: Path) -> None:
-    """The file appears when it is complete; until then, and if that fails, whatever stood there stays."""
-    import torch
-    from ernie_vl import InputError
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+# ------------------------------------------------------------------------------------------------- chat, and batches
+COMMANDS = "/image FILE, /video FILE, /reset, /save FILE, /quit"
 
+
+def chat(assistant: Assistant, messages: list[dict]) -> None:
+    """Questions from the terminal, or one a line from a pipe, until it ends."""
+    with contextlib.suppress(ImportError):
+        import readline     # noqa: F401     line editing and history, where the system has it
+    say(f"Ask, or {COMMANDS}. Ctrl-C stops an answer.")
+    system, media = [message for message in messages if message["role"] == "system"], []
+    waiting = bool(messages) and messages[-1]["role"] in ("user", "tool")
+    while True:
+        try:
+            if waiting:
+                waiting = False
+                take_turn(assistant, messages)
+            line = listen("> ").strip()
+            command, _, file = line.partition(" ")
+            file = os.path.expanduser(file.strip().strip("'\""))
+            if command == "/quit":
+                return
+            if command == "/reset":
+                messages[:], media = system, []
+            elif command in ("/image", "/video", "/save") and not file:
+                raise InputError(f"{command} needs a file behind it")
+            elif command in ("/image", "/video"):
+                item = {"type": command[1:], command[1:]: file}
+                media += assistant.read([{"role": "user", "content": [item]}], announce)[0]["content"]
+            elif command == "/save":
+                text = json.dumps([written(message) for message in messages], ensure_ascii=False, indent=1)
+                write_whole(Path(file), lambda path: path.write_text(text + "\n", encoding="utf-8"))
+                say(f"wrote {file}: --messages reads it, --chat goes on with it")
+            elif command.startswith("/"):
+                raise InputError(f"{command} is no command; these are: {COMMANDS}")
+            elif line:
+                messages += assistant.read([{"role": "user", "content": [{"type": "text", "text": line}, *media]}])
+                take_turn(assistant, messages)
+                media = []
+        except InputError as error:
+            say(f"error: {error}")
+        except KeyboardInterrupt:
+            say("(/quit or Ctrl-D leaves)")
+        except EOFError:
+            say()
+            return
+
+
+def listen(prompt: str) -> str:
+    """A line from the terminal. input() would write its prompt to stdout also where that is a file."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return input(prompt)
+    if sys.stdin.isatty():
+        print(prompt, end="", file=sys.stderr, flush=True)
+    return input()
+
+
+def take_turn(assistant: Assistant, messages: list[dict]) -> None:
+    """Answers the last message; if that fails, or is stopped before a word, the conversation is as it was before it."""
+    before, printer = len(messages) - 1, Printer(assistant.args)
+    try:
+        while True:
+            assistant.clock = Clock()
+            assistant.converse(messages, printer.show)
+            printer.end()
+            assistant.report()
+            if assistant.ended != "tool_calls":
+                break
+            for call in messages[-1]["tool_calls"]:
+                result = listen(f"result of {call['function']['name']}> ")
+                messages += assistant.read([{"role": "tool", "tool_call_id": call["id"], "content": result}])
+    except BaseException:
+        del messages[before:]
+        raise
+    if assistant.ended == "interrupted" and not written(messages[-1])["content"]:
+        del messages[before:]
+    with contextlib.suppress(InputError, KeyboardInterrupt):      # a full context is the next question's trouble
+        assistant.settle(messages)
+
+
+def batch_lines(args: argparse.Namespace) -> list[tuple[int, str]]:
+    """The requests that --out has no line for yet, with their line numbers. A line of it that was not finished is dropped."""
+    lines, done = read_text(args.batch).splitlines(), set()
+    if args.out and args.out.exists():
+        text = read_text(args.out)
+        whole = text[: text.rfind("\n") + 1]
+        try:
+            done = {json.loads(line)["line"] for line in whole.splitlines()}
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{args.out} was not written by --batch: name another file") from None
+        if whole != text:
+            write_whole(args.out, lambda path: path.write_text(whole, encoding="utf-8"))
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip() and number not in done]
+
+
+def batch(assistant: Assistant, requests: list[tuple[int, str]], out: Path | None) -> None:
+    """A line of JSON for every request, and an error in it where one cannot be answered: the others are."""
+    failed, own_tools = 0, assistant.tools
+    with open(out, "a", encoding="utf-8") if out else contextlib.nullcontext(sys.stdout) as file:
+        for i, (number, line) in enumerate(requests):
+            assistant.clock = Clock()
+            try:
+                request = read_request(line, f"line {number}")
+                messages, assistant.tools = assistant.read(request["messages"]), own_tools + request["tools"]
+                assistant.clock.lap("pictures")
+                assistant.converse(messages)
+                if assistant.ended == "interrupted":
+                    raise KeyboardInterrupt
+                reply = assistant.reply(messages)
+            except (InputError, MemoryError, RuntimeError) as error:
+                failed, reply = failed + 1, {"error": str(error) or "there is not enough memory for this"}
+            print(json.dumps({"line": number, **reply}, ensure_ascii=False), file=file, flush=True)
+            say(f"{i + 1} of {len(requests)} requests, {failed} with an error", redraw=i + 1 < len(requests))
+
+
+def save_logits(model: ErnieVL, inputs: Inputs, path: Path) -> None:
     with torch.inference_mode():
         logits = model(inputs).float()
     tensors = {**inputs._asdict(), "grids": torch.tensor(inputs.grids, dtype=torch.long).view(-1, 3), "logits": logits}
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, Path(folder) / "logits")
-            os.replace(Path(folder) / "logits", path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} could not be written ({error}): is there room on the disk?") from None
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, lambda path: save_file(tensors, path))
     say(f"wrote {path}: " + ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()))
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        from ernie_vl import InputError     # torch comes in here, so that --help and wrong options are answered at once
         if sys.stdout:
             sys.stdout.reconfigure(errors="replace")
-        try:
-            run(args)
-        except InputError as error:
-            say(f"error: {error}")
-            return 2
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
-            say("error: there is not enough memory for this: try --max-pixels, --dtype bfloat16 or a shorter prompt")
-            return 2
+        run(args)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        say("error: there is not enough memory for this: try --max-pixels, --dtype bfloat16 or a shorter prompt")
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:                 # whoever read the answer has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
-    except OSError as error:
+    except (InputError, OSError) as error:
         say(f"error: {error}")
         return 2
     return 0

@@ -42,7 +42,7 @@ from ernie_vl import (ErnieVL, InputError, RMSNorm, Router, attend, frequencies,
                       patch_cells, penalize, positions, rope_angles, rotate_halves, rotate_pairs, sample)
 from load_weights import load, read_config                                                          # noqa: E402
 from tokenizer import (STYLES, Stream, Tokenizer, chat_style, encode_chat, fit_size, load_picture,  # noqa: E402
-                       patchify, pixel_budget, render)
+                       patchify, pixel_budget, read_messages, render)
 
 torch.set_grad_enabled(False)
 torch.set_num_threads(1)      # the small model is 30 times slower when two threads wait for each other
@@ -264,7 +264,7 @@ def test_cache_changes_nothing(models, name):
     for whole, pieces in cuts:
         cache = model.new_cache()
         assert distance(torch.cat([model(p, cache) for p in pieces]), model(whole)) < 1e-5
-        assert [c.length for c in cache] == [len(whole.ids)] * 3
+        assert [kv.length for kv in cache.layers] == [len(whole.ids)] * 3
 
 
 def test_the_model_keeps_no_state_and_only_last_is_the_last_row(model):
@@ -733,7 +733,7 @@ def test_control_tokens_and_unused_rows_are_silent(tokenizer):
 # --------------------------------------------------------------------------------------------- 7. the chat template
 IMG, BEGIN, END = "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>", "<|begin_of_sentence|>", "<|end_of_sentence|>"
 EMPTY = "<think>\n\n</think>\n\n"
-user = lambda *items: {"role": "user", "content": [{"type": "image", "image": None} if item is IMG else {"type": "text", "text": item} for item in items]}
+user = lambda *items: {"role": "user", "content": [{"type": "image", "image": "x.png"} if item is IMG else {"type": "text", "text": item} for item in items]}
 says = lambda role, text, **more: {"role": role, "content": text, **more}
 
 
@@ -758,12 +758,12 @@ says = lambda role, text, **more: {"role": role, "content": text, **more}
      f"{BEGIN}S\nUser: Q\nAssistant: A{END}User: R\nAssistant: "),
 ])
 def test_the_prompt_is_the_string_the_model_was_trained_on(style, think, messages, expected):
-    assert "".join(render(messages, STYLES[style], think)) == expected
+    assert "".join(render(read_messages(messages), STYLES[style], think)) == expected
 
 
 def test_thinking_is_refused_where_it_was_not_taught():
     with pytest.raises(InputError, match="not taught to think"):
-        render([says("user", "Hi")], STYLES["text"], think=True)
+        render(read_messages([says("user", "Hi")]), STYLES["text"], think=True)
 
 
 def test_text_between_control_tokens_is_encoded_in_one_go(tokenizer):
@@ -914,12 +914,12 @@ def test_the_answer_alone_goes_to_stdout_and_the_same_seed_gives_the_same(capsys
 def test_json_is_one_object(capsys):
     code, out, err = ask(capsys, "--image", EXAMPLE, "--json", "--max-new-tokens", "3")
     reply = json.loads(out)
-    assert code == 0 and reply["answer_tokens"] == 3 and reply["finish_reason"] == "length"
-    assert reply["prompt_tokens"] > reply["picture_tokens"] > 0 and set(reply["seconds"]) == {"pictures", "load", "first_token", "other_tokens"}
+    assert code == 0 and reply["usage"]["completion_tokens"] == 3 and reply["finish_reason"] == "length"
+    assert reply["usage"]["prompt_tokens"] > reply["usage"]["picture_tokens"] > 0 and reply["role"] == "assistant" and set(reply["seconds"]) == {"pictures", "load", "first_token", "other_tokens"}
 
 
 def test_max_pixels_makes_fewer_tokens(capsys):
-    few, many = (json.loads(ask(capsys, "--image", EXAMPLE, "--json", *more)[1])["picture_tokens"] for more in (("--max-pixels", "3136"), ()))
+    few, many = (json.loads(ask(capsys, "--image", EXAMPLE, "--json", *more)[1])["usage"]["picture_tokens"] for more in (("--max-pixels", "3136"), ()))
     assert 0 < few < many
 
 
@@ -938,7 +938,7 @@ def test_saved_logits_are_those_of_the_prompt(capsys, tmp_path):
 def test_save_logits_replaces_nothing_but_a_file_and_only_when_complete(capsys, tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")            # stands for a device
     (tmp_path / "old").write_text("precious")
-    monkeypatch.setattr("safetensors.torch.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(run, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     for name, words in (("pipe", "cannot be written"), ("old", "disk full")):
         code, out, err = ask(capsys, "--image", EXAMPLE, "--save-logits", str(tmp_path / name))
         assert code == 2 and words in err.splitlines()[-1]
@@ -1223,7 +1223,7 @@ def test_the_model_is_short_and_imports_torch_alone():
     tree = ast.parse(SOURCE)
     imported = {name.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"torch", "dataclasses", "typing"} and len(SOURCE.splitlines()) <= 600
+    assert imported == {"torch", "dataclasses", "math", "typing"} and len(SOURCE.splitlines()) <= 600
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert [f.name for f in functions if f.end_lineno - f.lineno >= 40] == []
     assert [phrase for phrase in ("**kwargs", "strict=False", "getattr(cfg") if phrase in SOURCE] == []
