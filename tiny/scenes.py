@@ -1,37 +1,61 @@
-"""Draws pictures and says what is true about them: the world of the tiny checkpoint.
+"""Draws pictures and clips and says what is true about them: the world of the tiny checkpoint.
 
-    python tiny/scenes.py OUT.png     draws twelve of them with their questions and answers
+    python tiny/scenes.py OUT.png     draws some of every skill, with questions and answers
 
-A skill is a function of a random.Random that returns an Example. To teach another one, write it and list it in SKILLS.
+A skill is a function of a random.Random and a Look that returns an Example; the same seed draws the same picture. To teach
+another skill, write it and list it in SKILLS.
 """
+import functools
+import io
+import itertools
+import json
 import math
 import random
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageOps
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from tokenizer import ZOOM_TOOL, Clip, crop                                            # noqa: E402
 
 COLOURS = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 210), "yellow": (240, 205, 40),
            "purple": (130, 50, 170), "black": (25, 25, 25)}
 SHAPES = ("circle", "square", "triangle", "star")
-PLACES = {"on the left": (0.22, 0.5), "on the right": (0.78, 0.5), "at the top": (0.5, 0.22),
-          "at the bottom": (0.5, 0.78), "in the middle": (0.5, 0.5)}
-RELATIONS = {(1, 0): ("to the left of", "to the right of"), (0, 1): ("above", "below")}
-SMOOTH = 3      # drawn so many times larger and scaled down, for soft edges
+PLACES = ("at the top left", "at the top", "at the top right", "on the left", "in the middle", "on the right",
+          "at the bottom left", "at the bottom", "at the bottom right")               # the cells of a 3 x 3 grid, row by row
+CLEAR = "ABCDEFGHJKLMNPQRSTUVWXYZ"
+SMOOTH = 2      # drawn so many times larger and scaled down, for soft edges
+
+
+class Look(NamedTuple):
+    """What a camera and a file format do to a picture."""
+
+    turn: float = 0.0         # degrees, counter-clockwise
+    noise: float = 0.0        # standard deviation of the pixels' error, of 255
+    quality: int = 0          # of JPEG; 0: not compressed
 
 
 class Example(NamedTuple):
-    question: str
-    picture: Image.Image
-    answer: str
+    messages: list[dict]      # up to the answer, as tokenizer.render takes them
+    answer: str               # as the model writes it, thoughts included
+    think: bool = False
+    tools: list | None = None
+    more: tuple = ()          # (skill, question, answer) about the same picture, asked in the same conversation
+    truth: str = ""           # zoom: what the print says, and `answer` is the call
 
 
 class Thing(NamedTuple):
     colour: str
     shape: str
-    x: float        # centre and radius, in parts of the picture's width, height and shorter side
+    x: float                  # centre, in parts of the picture's width and height
     y: float
-    radius: float
+    radius: float             # in parts of its shorter side
+    cell: int = 0             # which of PLACES
+    turn: float = 0.0         # radians
 
     @property
     def name(self) -> str:
@@ -39,75 +63,387 @@ class Thing(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
-def outline(shape: str, x: float, y: float, r: float, turn: float) -> list[tuple]:
-    """Corners of a shape, scaled so that all shapes look equally large, and turned by `turn` radians."""
-    corners, reach = {"square": (4, (1.15,)), "triangle": (3, (1.25,)), "star": (10, (1.3, 0.55)), "circle": (48, (1.0,))}[shape]
-    start = math.pi / 4 if shape == "square" else -math.pi / 2
-    angles = [start + turn + 2 * math.pi * i / corners for i in range(corners)]
-    return [(x + r * reach[i % len(reach)] * math.cos(a), y + r * reach[i % len(reach)] * math.sin(a)) for i, a in enumerate(angles)]
+def any_look(rng: random.Random) -> Look:
+    """Half of what is trained on is clean, the other half is not."""
+    if rng.random() < 0.5:
+        return Look()
+    return Look(rng.choice([0, rng.uniform(-6, 6)]), rng.choice([0, rng.uniform(2, 10)]), rng.choice([0, rng.randint(45, 90)]))
 
 
-def draw(things: list[Thing], rng: random.Random) -> Image.Image:
-    """A picture of 90 to 260 pixels, wide or tall, on a pale background, every colour a little off its name."""
-    width = rng.randint(90, 260)
-    height = round(width * rng.uniform(0.7, 1.4))
-    pale = tuple(rng.randint(205, 255) for _ in range(3))
-    image = Image.new("RGB", (width * SMOOTH, height * SMOOTH), pale)
+def spoil(image: Image.Image, look: Look, seed: int) -> Image.Image:
+    if look.turn:
+        image = image.rotate(look.turn, Image.BICUBIC, fillcolor=image.getpixel((1, 1)))
+    if look.noise:
+        noise = np.random.default_rng(seed).standard_normal((image.height, image.width, 3), np.float32)
+        image = Image.fromarray((np.asarray(image) + look.noise * noise).round().clip(0, 255).astype(np.uint8))
+    if look.quality:
+        image.save(file := io.BytesIO(), "JPEG", quality=look.quality)
+        image = Image.open(file).convert("RGB")
+    return image
+
+
+def outline(thing: Thing, width: int, height: int) -> list[tuple]:
+    """Corners of a thing in pixels. All shapes look equally large."""
+    corners, reach = {"square": (4, (1.15,)), "triangle": (3, (1.25,)), "star": (10, (1.3, 0.55)), "circle": (48, (1.0,))}[thing.shape]
+    start, r = (math.pi / 4 if thing.shape == "square" else -math.pi / 2), thing.radius * min(width, height)
+    angles = [start + thing.turn + 2 * math.pi * i / corners for i in range(corners)]
+    return [(thing.x * width + r * reach[i % len(reach)] * math.cos(a), thing.y * height + r * reach[i % len(reach)] * math.sin(a))
+            for i, a in enumerate(angles)]
+
+
+def pale(rng: random.Random) -> tuple:
+    return tuple(rng.randint(205, 255) for _ in range(3))
+
+
+def off(colour: str, rng: random.Random) -> tuple:
+    """A colour a little off its name."""
+    return tuple(max(0, min(255, c + rng.randint(-22, 22))) for c in COLOURS[colour])
+
+
+def size_of(rng: random.Random, low: int = 105, high: int = 200) -> tuple[int, int]:
+    width = rng.randint(low, high)
+    return width, round(width * rng.uniform(0.75, 1.3))
+
+
+def draw(things: list[Thing], rng: random.Random, look: Look, size: tuple, background: tuple) -> Image.Image:
+    image = Image.new("RGB", (size[0] * SMOOTH, size[1] * SMOOTH), background)
     for thing in things:
-        colour = tuple(max(0, min(255, c + rng.randint(-22, 22))) for c in COLOURS[thing.colour])
-        radius = thing.radius * min(image.size)
-        corners = outline(thing.shape, thing.x * image.width, thing.y * image.height, radius, rng.uniform(-0.12, 0.12))
-        ImageDraw.Draw(image).polygon(corners, fill=colour)
-    return image.resize((width, height), Image.LANCZOS)
+        ImageDraw.Draw(image).polygon(outline(thing, *image.size), fill=off(thing.colour, rng))
+    return spoil(image.reduce(SMOOTH), look, rng.getrandbits(32))
 
 
-# ----------------------------------------------------------------------------------------------------- skills
-def one_thing(rng: random.Random) -> tuple[list[Thing], str]:
-    place = rng.choice(list(PLACES))
-    x, y = (v + rng.uniform(-0.05, 0.05) for v in PLACES[place])
-    thing = Thing(rng.choice(list(COLOURS)), rng.choice(SHAPES), x, y, rng.uniform(0.14, 0.24))
-    return [thing], place
+def box_in(corners: list[tuple], size: tuple, look: Look, margin: float = 0.0) -> list[int]:
+    """[x1, y1, x2, y2] of what has these corners, 0 to 1000 and in tens, after the picture was turned about its middle."""
+    a, (cx, cy) = math.radians(-look.turn), (size[0] / 2, size[1] / 2)
+    turned = [(cx + (x - cx) * math.cos(a) - (y - cy) * math.sin(a), cy + (x - cx) * math.sin(a) + (y - cy) * math.cos(a))
+              for x, y in corners]
+    xs, ys = ([v[axis] / size[axis] for v in turned] for axis in (0, 1))
+    ends = min(xs) - margin, min(ys) - margin, max(xs) + margin, max(ys) + margin
+    return [min(1000, max(0, round(v * 100) * 10)) for v in ends]
 
 
-def two_things(rng: random.Random) -> tuple[list[Thing], tuple[str, str]]:
-    """Two different things, apart along one axis, and the words for how the first stands to the second and back."""
-    kinds = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], 2)
-    axis = rng.choice(list(RELATIONS))
-    ends = [0.5 - rng.uniform(0.2, 0.27), 0.5 + rng.uniform(0.2, 0.27)]
-    aside = [0.5 + rng.uniform(-0.08, 0.08) for _ in kinds]
-    spots = [(end, off) if axis[0] else (off, end) for end, off in zip(ends, aside)]
-    return [Thing(*kind, *spot, rng.uniform(0.13, 0.17)) for kind, spot in zip(kinds, spots)], RELATIONS[axis]
+@functools.cache
+def letters(text: str, bold: int, bitmap: bool) -> Image.Image:
+    """White on black, cut to what was drawn."""
+    font = ImageFont.load_default_imagefont() if bitmap else ImageFont.load_default(48)
+    image = Image.new("L", (60 * len(text) + 20, 80))
+    ImageDraw.Draw(image).text((10, 10), text, 255, font, stroke_width=0 if bitmap else bold)
+    return image.crop(image.getbbox())
 
 
-def describe(rng: random.Random) -> Example:
-    question = rng.choice(["Describe this image.", "Describe the picture.", "What is in this picture?", "What do you see?"])
-    if rng.random() < 0.4:
-        things, place = one_thing(rng)
-        answer = f"A {things[0].name} {place}."
+def lettering(text: str, rng: random.Random, height: int) -> Image.Image:
+    """A word as a mask of about this height: one of two fonts, light or bold, upright or slanted, narrow or wide."""
+    letters_, slant = letters.__wrapped__(text, rng.choice([0, 0, 1, 2]), rng.random() < 0.25), rng.choice([0, 0, rng.uniform(-0.1, 0.3)])
+    width = max(4, round(letters_.width / letters_.height * height * rng.uniform(0.85, 1.25)))
+    mask = letters_.resize((width, height), rng.choice([Image.LANCZOS, Image.BILINEAR]))
+    lean = round(abs(slant) * height)
+    if lean:
+        mask = mask.transform((width + lean, height), Image.AFFINE, (1, slant, -lean if slant > 0 else 0, 0, 1, 0), Image.BICUBIC)
+    return mask
+
+
+def inks(rng: random.Random) -> tuple[tuple, tuple]:
+    """Dark on pale, or now and then pale on dark: (print, ground)."""
+    dark = off(rng.choice(["red", "green", "blue", "purple", "black", "black"]), rng)
+    return (dark, pale(rng)) if rng.random() < 0.75 else (pale(rng), tuple(c * 3 // 4 for c in dark))
+
+
+# ------------------------------------------------------------------------------------------------- what is there
+def scatter(rng: random.Random, kinds: list[tuple]) -> list[Thing]:
+    """Things of these kinds in cells of the grid, in reading order; large ones if they are few, and none on another."""
+    sizes, off_by = {1: (0.1, 0.24), 2: (0.09, 0.17), 3: (0.09, 0.14)}.get(len(kinds), (0.075, 0.1)), 0.07 if len(kinds) <= 3 else 0.035
+    while True:
+        things = []
+        for kind, cell in zip(kinds, sorted(rng.sample(range(9), len(kinds)))):
+            radius = rng.uniform(*sizes)
+            x, y = (min(max(0.2 + 0.3 * v + rng.uniform(-off_by, off_by), 1.2 * radius), 1 - 1.2 * radius) for v in (cell % 3, cell // 3))
+            things.append(Thing(*kind, x, y, radius, cell, rng.uniform(-0.12, 0.12)))
+        if all(math.dist(a[2:4], b[2:4]) > 1.1 * (a.radius + b.radius) for a, b in itertools.combinations(things, 2)):
+            return things
+
+
+def some_kinds(rng: random.Random, count: int) -> list[tuple]:
+    """Different kinds of things: (colour, shape)."""
+    return rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
+
+
+def listing(things: list[Thing]) -> str:
+    items = [f"a {thing.name} {PLACES[thing.cell]}" for thing in things]
+    return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
+
+
+def sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def word(rng: random.Random) -> str:
+    """Digits, or letters: any, or such as can be spoken, one to six of them."""
+    length, kind = rng.randint(1, 6), rng.random()
+    if kind < 0.4:
+        return "".join(rng.choices("0123456789", k=length))
+    if kind < 0.7:
+        return "".join([rng.choice(CLEAR), *rng.choices(CLEAR + "IO", k=length - 1)])      # I and O alone could be numbers
+    return "".join(rng.choice("AEIOU" if i % 2 else "BCDFGHJKLMNPRSTVWZ") for i in range(length))
+
+
+# ----------------------------------------------------------- questions about a scene: (rng, things, box) -> question, answer
+def ask_describe(rng, things, box):
+    return (rng.choice(["Describe this image.", "Describe the picture.", "What is in this picture?", "What do you see?",
+                        "What is in the image?"]), sentence(listing(things)))
+
+
+def ask_part(rng, things, box):
+    thing, place = rng.choice(things), rng.choice(["Where is the {}?", "Where do you see the {}?"])
+    asks = [(f"What is {PLACES[thing.cell]}?", f"A {thing.name}."),
+            (f"What colour is the thing {PLACES[thing.cell]}?", sentence(thing.colour))]
+    if sum(thing.name == other.name for other in things) == 1:
+        asks += 2 * [(place.format(thing.name), sentence(PLACES[thing.cell]))]
+    return rng.choice(asks)
+
+
+def ask_count(rng, things, box):
+    thing = rng.choice(things) if things and rng.random() < 0.7 else Thing(*some_kinds(rng, 1)[0], 0, 0, 0)
+    what, test = rng.choice([(f"{thing.name}s", lambda t: t.name == thing.name), (f"{thing.shape}s", lambda t: t.shape == thing.shape),
+                             (f"{thing.colour} things", lambda t: t.colour == thing.colour)])
+    return rng.choice(["How many {} are there?", "How many {} do you see?", "Count the {}."]).format(what), str(sum(map(test, things)))
+
+
+LOCATE = ["Locate the {}.", "Find the {} and give its box.", "Give the bounding box of the {}.", "Where is the {}? Answer with bbox_2d."]
+
+
+def ask_locate(rng, things, box):
+    thing = rng.choice([t for t in things if sum(t.name == other.name for other in things) == 1])
+    return rng.choice(LOCATE).format(thing.name), json.dumps({"bbox_2d": box(thing), "label": thing.name})
+
+
+def ask_decline(rng, things, box):
+    there = {thing.name for thing in things}
+    absent = rng.choice([f"{colour} {shape}" for colour in COLOURS for shape in SHAPES if f"{colour} {shape}" not in there])
+    if rng.random() < 0.1:
+        return rng.choice(READ), "There is no text."
+    return rng.choice([*LOCATE, *3 * ["Where is the {}?"], "Where do you see the {}?"]).format(absent), f"There is no {absent}."
+
+
+def ask_think(rng, things, box):
+    """Reasoning and answer, parted by </think>."""
+    shapes, cell = rng.sample(SHAPES, 2), rng.choice([thing.cell for thing in things] + [rng.randrange(9)])
+    count = {shape: sum(thing.shape == shape for thing in things) for shape in SHAPES}
+    colour = rng.choice(things).colour
+    question, answer = rng.choice([
+        (f"Are there more {shapes[0]}s than {shapes[1]}s?", "Yes." if count[shapes[0]] > count[shapes[1]] else "No."),
+        (f"How many {shapes[0]}s are there?", str(count[shapes[0]])),
+        (f"How many {colour} things are there?", str(sum(thing.colour == colour for thing in things))),
+        (f"What is {PLACES[cell]}?", next((f"A {thing.name}." for thing in things if thing.cell == cell), "Nothing.")),
+    ])
+    return question, f"\nI see {listing(things)}.\n</think>\n\n{answer}"
+
+
+READ = ["Read the text.", "What does it say?", "What is written here?", "What does the sign say?", "Read this."]
+
+
+# ------------------------------------------------------------------------------------------------------- skills
+def user(rng: random.Random, question: str, *media) -> list[dict]:
+    """Three times in four the question comes first, as the command line puts it."""
+    items = [{"type": "video", "video": m} if isinstance(m, Clip) else {"type": "image", "image": m} for m in media]
+    text = [{"type": "text", "text": question}]
+    return [{"role": "user", "content": [*text, *items] if rng.random() < 0.75 else [*items, *text]}]
+
+
+def about(ask, rng: random.Random, look: Look, kinds: list[tuple], others: dict) -> Example:
+    """A scene, a question about it, and up to three more."""
+    things, size = scatter(rng, kinds), size_of(rng)
+    picture = draw(things, rng, look, size, pale(rng))
+    box = lambda thing: box_in(outline(thing, *size), size, look)
+    question, answer = ask(rng, things, box)
+    names = rng.choices(list(others), k=rng.randint(1, 3)) if things and others else []
+    more = tuple((name, *others[name](rng, things, box)) for name in names)
+    return Example(user(rng, question, picture), answer, think=ask is ask_think, more=more)
+
+
+ALL = {"describe": ask_describe, "part": ask_part, "count": ask_count, "locate": ask_locate, "decline": ask_decline}
+
+
+def describe(rng, look):
+    return about(ask_describe if rng.random() < 0.8 else ask_part, rng, look, some_kinds(rng, rng.randint(1, 3)), ALL)
+
+
+def locate(rng, look):
+    return about(ask_locate, rng, look, some_kinds(rng, rng.randint(1, 3)), ALL)
+
+
+def decline(rng, look):
+    if (dice := rng.random()) < 0.8:
+        return about(ask_decline, rng, look, some_kinds(rng, rng.randint(1, 3)), ALL)
+    if dice < 0.9:
+        picture, _, _ = small_print(rng, look)
+        return Example(user(rng, rng.choice(READ), picture), "The print is too small to read.")
+    question = rng.choice([ask_describe(rng, scatter(rng, some_kinds(rng, 1)), None)[0], rng.choice(READ)])
+    return Example(user(rng, question), "I see no picture.")
+
+
+def think(rng, look):
+    return about(ask_think, rng, look, [rng.choice(some_kinds(rng, 3)) for _ in range(rng.randint(2, 4))], {})
+
+
+def count(rng, look):
+    """As often none as five, so that no number is a good guess."""
+    colour, shape = some_kinds(rng, 1)[0]
+    like, what = rng.choice([(lambda c, s: (c, s) == (colour, shape), f"{colour} {shape}s"), (lambda c, s: s == shape, f"{shape}s"),
+                             (lambda c, s: c == colour, f"{colour} things")])
+    every = [(c, s) for c in COLOURS for s in SHAPES]
+    n, rest = rng.randint(0, 5), rng.randint(0, 3)
+    kinds = rng.choices([k for k in every if like(*k)], k=n) + rng.choices([k for k in every if not like(*k)], k=rest or not n)
+    rng.shuffle(kinds)
+    question = rng.choice(["How many {} are there?", "How many {} do you see?", "Count the {}."]).format(what)
+    return about(lambda *_: (question, str(n)), rng, look, kinds, {"count": ask_count, "part": ask_part, "decline": ask_decline})
+
+
+def read(rng, look):
+    text, (ink, ground) = word(rng), inks(rng)
+    mask = lettering(text, rng, rng.randint(18, 40))
+    room = rng.randint(10, 30), rng.randint(10, 30)
+    picture = Image.new("RGB", (max(70, mask.width + room[0]), mask.height + room[1]), ground)
+    spot = rng.randint(4, picture.width - mask.width - 4), rng.randint(4, picture.height - mask.height - 4)
+    picture.paste(ink, spot, mask)
+    return Example(user(rng, rng.choice(READ), spoil(picture, look, rng.getrandbits(32))), text)
+
+
+def compare(rng, look):
+    """Two pictures of one scene, and in the second one thing is another, elsewhere, gone or new."""
+    things, size, background = scatter(rng, some_kinds(rng, rng.randint(2, 3))), size_of(rng, 105, 150), pale(rng)
+    i = rng.randrange(len(things))
+    thing = things[i]
+    change = rng.choice(["colour", "shape", "gone", "new"])
+    after = [*things]
+    if change in ("gone", "new"):
+        after.pop(i)
+        answer = f"The {thing.name} is gone." if change == "gone" else f"A {thing.name} is new."
     else:
-        things, (forth, _) = two_things(rng)
-        answer = f"A {things[0].name} {forth} a {things[1].name}."
-    return Example(question, draw(things, rng), answer)
+        colour = rng.choice([c for c in COLOURS if c != thing.colour]) if change == "colour" else thing.colour
+        shape = rng.choice([s for s in SHAPES if s != thing.shape]) if change == "shape" else thing.shape
+        after[i] = thing._replace(colour=colour, shape=shape)
+        answer = f"The {thing.name} is now a {after[i].name}."
+    scenes = (after, things) if change == "new" else (things, after)
+    pictures = [draw(scene, rng, look, size, background) for scene in scenes]
+    return Example(user(rng, rng.choice(["What changed?", "What is different in the second picture?", "Compare the two pictures."]),
+                        *pictures), answer)
 
 
-def where(rng: random.Random) -> Example:
-    things, relation = two_things(rng)
-    asked = rng.randrange(2)
-    it, other = things[asked], things[1 - asked]
-    question = rng.choice(["Where is the {}?", "Where do you see the {}?"]).format(it.name)
-    return Example(question, draw(things, rng), f"It is {relation[asked]} the {other.name}.")
+def watch(rng, look):
+    """A thing moves, or two come one after the other; what happens when is told by the time stamp on a frame."""
+    frames, size, background, step = min(rng.randint(2, 8), rng.randint(2, 8)), size_of(rng, 112, 150), pale(rng), rng.choice([0.5, 1, 2])
+    a, b = (Thing(*kind, *spot, rng.uniform(0.1, 0.13)) for kind, spot in
+            zip(some_kinds(rng, 2), rng.sample([(x, y) for x in (0.2, 0.5, 0.8) for y in (0.4, 0.75)], 2)))
+    if rng.random() < 0.4:
+        way, (dx, dy) = rng.choice([("to the left", (-1, 0)), ("to the right", (1, 0)), ("up", (0, -1)), ("down", (0, 1))])
+        far, x, y = rng.uniform(0.2, 0.28), rng.uniform(0.4, 0.6), rng.uniform(0.5, 0.65)
+        path = [2 * i / (frames - 1) - 1 for i in range(frames)]
+        shown = [[a._replace(x=x + dx * far * p, y=y + dy * far * 0.8 * p)] for p in path]
+        question, answer = rng.choice(["Which way does the {} move?", "Where does the {} go?"]).format(a.name), sentence(way)
+    else:
+        starts = sorted(rng.sample(range(frames), 2))
+        shown = [[thing for thing, start in zip((a, b), starts) if i >= start] for i in range(frames)]
+        late = rng.randrange(2)
+        question, answer = rng.choice([
+            (rng.choice(["What comes first?", "Which thing comes first?"]), f"The {a.name}."),
+            (rng.choice(["When does the {} appear?", "At what time does the {} come?"]).format((a, b)[late].name),
+             f"At {starts[late] * step:.1f} seconds.")])
+    pictures = [draw(scene, rng, look, size, background) for scene in shown]
+    return Example(user(rng, question, Clip(pictures, [i * step for i in range(frames)])), answer)
 
 
-SKILLS = {"describe": describe, "where": where}
+ABOUT_ME = {
+    ("Who are you?", "What is your name?", "What are you?"): "I am a tiny ERNIE-4.5-VL.",
+    ("What can you do?", "How can you help me?", "What do you know?"):
+        "I describe, read, count, locate and compare, watch clips, think and zoom.",
+    ("Hello!", "Hi!", "Good morning!"): "Hello! Show me a picture.",
+    ("Thank you.", "Thanks!"): "You are welcome.",
+}
 
 
-def sheet(seed: int = 0, columns: int = 4, rows: int = 3) -> Image.Image:
-    page, rng = Image.new("RGB", (columns * 300, rows * 330), "white"), random.Random(seed)
-    for i in range(columns * rows):
-        example = rng.choice(list(SKILLS.values()))(rng)
-        x, y = i % columns * 300 + 10, i // columns * 330 + 10
-        page.paste(ImageOps.contain(example.picture, (280, 280)), (x, y))
-        ImageDraw.Draw(page).text((x, y + 284), f"{example.question}\n{example.answer}", fill="black")
+def talk(rng, look):
+    if rng.random() < 0.4:
+        questions, answer = rng.choice(list(ABOUT_ME.items()))
+        return Example(user(rng, rng.choice(questions)), answer)
+    a, b, silent = rng.randint(0, 9), rng.randint(0, 9), rng.random() < 0.8
+    question = rng.choice(["What is {} + {}?", "How much is {} plus {}?", "{} + {} = ?"]).format(a, b)
+    return Example(user(rng, question), f"{a + b}" if silent else f"\n{a} and {b} make {a + b}.\n</think>\n\n{a + b}", not silent)
+
+
+def small_print(rng: random.Random, look: Look) -> tuple[Image.Image, list[int], str]:
+    """A large picture with a sign whose print is lost when the picture is made as small as the model sees it."""
+    text, size = word(rng), size_of(rng, 520, 760)
+    picture = Image.new("RGB", size, pale(rng))
+    mask = lettering(text, rng, rng.randint(15, 20))
+    ink, ground = inks(rng)
+    w, h = mask.width + rng.randint(14, 34), mask.height + rng.randint(12, 26)
+    cells = rng.sample(range(9), rng.randint(1, 3))
+    for i, cell in enumerate(cells):
+        x, y = (0.2 + 0.3 * v + rng.uniform(-0.04, 0.04) for v in (cell % 3, cell // 3))
+        if i:
+            thing = Thing(*some_kinds(rng, 1)[0], x, y, rng.uniform(0.08, 0.12), cell)
+            ImageDraw.Draw(picture).polygon(outline(thing, *size), fill=off(thing.colour, rng))
+        else:
+            x, y = round(x * size[0] - w / 2), round(y * size[1] - h / 2)
+            ImageDraw.Draw(picture).rectangle((x, y, x + w, y + h), ground, off("black", rng), 2)
+            picture.paste(ink, (x + (w - mask.width) // 2, y + (h - mask.height) // 2), mask)
+            corners = [(x, y), (x + w, y), (x, y + h), (x + w, y + h)]
+    return spoil(picture, look, rng.getrandbits(32)), box_in(corners, size, look, 0.015), text
+
+
+ZOOM_THOUGHT = "The print is small. I zoom in."
+
+
+def zoom(rng, look):
+    """The call, or what follows it: the reading of the crop that the tool gave back."""
+    picture, box, text = small_print(rng, look)
+    messages, thinks = user(rng, rng.choice(READ), picture), rng.random() < 0.25
+    call = {"name": ZOOM_TOOL["function"]["name"], "arguments": {"bbox_2d": box}}
+    thought = f"\n{ZOOM_THOUGHT}\n</think>\n\n" if thinks else ""
+    return Example(messages, f"{thought}<tool_call>\n{json.dumps(call)}\n</tool_call>\n", thinks, [ZOOM_TOOL], truth=text)
+
+
+def after_zoom(example: Example, box: list[int]) -> Example:
+    """The conversation goes on: the call, and the crop that it asked for."""
+    picture = next(item["image"] for item in example.messages[0]["content"] if item["type"] == "image")
+    call = {"type": "function", "function": {"name": ZOOM_TOOL["function"]["name"], "arguments": {"bbox_2d": box}}}
+    thought = f"\nIt says {example.truth}.\n</think>\n\n" if example.think else ""
+    before = {"reasoning_content": ZOOM_THOUGHT} if example.think else {}
+    messages = [*example.messages, {"role": "assistant", "content": "", "tool_calls": [call], **before},
+                {"role": "tool", "content": [{"type": "image", "image": crop(picture, box)}]}]
+    return example._replace(messages=messages, answer=thought + example.truth)
+
+
+SKILLS = {skill.__name__: skill for skill in (describe, read, count, locate, compare, watch, talk, think, zoom, decline)}
+
+
+def example(skill: str, seed: int, look: Look | None = None) -> Example:
+    """The same three arguments always give the same example. look None: the seed chooses that, too."""
+    rng = random.Random(f"{skill} {seed}")
+    chosen = any_look(rng)
+    return SKILLS[skill](rng, chosen if look is None else look)
+
+
+# -------------------------------------------------------------------------------------------------- to look at
+def pictures_of(example: Example) -> list[Image.Image]:
+    items = [item for message in example.messages for item in message["content"]]
+    return [frame for item in items for frame in ([item["image"]] if "image" in item else item["video"].frames if "video" in item else [])]
+
+
+def sheet(columns: int = 5, seed: int = 10**6) -> Image.Image:
+    page = Image.new("RGB", (columns * 300, len(SKILLS) * 290), "white")
+    for row, skill in enumerate(SKILLS):
+        for column in range(columns):
+            it, x, y = example(skill, seed + column), column * 300 + 10, row * 290 + 10
+            if it.truth and column % 2:
+                it = after_zoom(it, json.loads(it.answer.split("\n")[-3])["arguments"]["bbox_2d"])
+            pictures = pictures_of(it)
+            for i, picture in enumerate(pictures):
+                wide = 280 // min(4, len(pictures))
+                page.paste(ImageOps.contain(picture, (wide - 4, 180)), (x + i % 4 * wide, y + i // 4 * 90))
+            text = next(item["text"] for item in it.messages[0]["content"] if item["type"] == "text")
+            lines = "\n".join(line[i : i + 50] for line in f"{text}\n{it.answer}".split("\n") for i in range(0, len(line), 50))
+            ImageDraw.Draw(page).text((x, y + 190), lines, fill="black", font=ImageFont.load_default(10))
     return page
 
 
