@@ -1,142 +1,244 @@
-"""Trains the bundled checkpoint, with ernie_vl.py as it is, on the pictures of scenes.py.
+"""Trains the bundled checkpoint, with ernie_vl.py as it is, on the pictures and clips of scenes.py.
 
-    python tiny/train.py              from nothing; --resume goes on after an interruption
-    python tiny/train.py --evaluate   how much the checkpoint in this folder gets right on fresh pictures
+    python tiny/train.py --out FOLDER              from nothing, for 84 minutes
+    python tiny/train.py --out FOLDER --resume     goes on after an interruption
+    python tiny/train.py --device cuda             on a GPU
 
-Writes the checkpoint in the folder it stands in, with config.json in the nested layout and tensors under the hub's names, and
-training.pt, from which --resume goes on.
+Writes config.json in the nested layout, model.safetensors under the hub's names, the vocabulary, curves.png, and training.pt, from
+which --resume goes on. Where there is no training.pt, --resume begins anew from the weights that are there.
 """
 import argparse
+import contextlib
 import io
 import json
 import math
 import random
 import sys
 import time
-from functools import partial
+from collections import defaultdict, deque
 from pathlib import Path
 
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE.parent), str(HERE)]
 
-from ernie_vl import ErnieVL, Experts, Inputs, generate                            # noqa: E402
-from load_weights import candidates, load, read_config, router                     # noqa: E402
-from scenes import COLOURS, PLACES, RELATIONS, SHAPES, SKILLS                      # noqa: E402
-from tokenizer import Tokenizer, encode_chat                                       # noqa: E402
+import ernie_vl                                                                       # noqa: E402
+from ernie_vl import Config, ErnieVL, Experts, Inputs, Router, is_vision, positions    # noqa: E402
+from load_weights import candidates, load, read_config, router                             # noqa: E402
+from scenes import SKILLS, Example, after_zoom, example                      # noqa: E402
+from tokenizer import ZOOM_TOOL, Tokenizer, encode_chat                               # noqa: E402
 
-FRESH = 1_000_000            # seeds of pictures that are never trained on start here
-PIXELS = 12_544, 25_088        # smallest and largest picture: 16 to 32 tokens
-PACK = 6                     # conversations behind one another in one sequence, which makes one optimizer step
-# so that questions in other words have longer pieces than bytes
-ENGLISH = "who what when which how many are there in the picture and can you tell me please it has one two three four no yes not"
+# How often a skill is drawn. What is hard to learn, or is a part of others, comes more often.
+SHARES = {"describe": 4, "read": 16, "count": 5, "locate": 4, "compare": 5, "watch": 3, "talk": 2, "think": 4, "zoom": 4, "decline": 4}
+# Seeing begins with single things and single letters: at first the shortest of three answers is taken, of fewer skills.
+EARLY, EARLY_SHARES = 800, {"describe": 8, "read": 6, "count": 4, "locate": 4, "decline": 4, "talk": 1}
+TRAINED = 10**9          # seeds of pictures to train on start here; those before are for measuring
+FRESH_START = 10**6      # step from which pictures are drawn when training begins anew from weights: none is seen twice
+PACK = 24                                # conversations in one optimizer step
+TOKENS = 600                             # what the loss of a step is divided by: about the number of tokens that are asked for
+PICTURE, FRAME = (12_544, 25_088), (12_544, 15_680)      # fewest and most pixels: 16 to 32 tokens a picture, 8 to 10 a frame
 CONTROL = ["<|end_of_sentence|>", "<|begin_of_sentence|>", "<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>",
-           "<|VIDEO_START|>", "<|VIDEO_END|>", "<|VIDEO_PLACEHOLDER|>", "<think>", "</think>"]
+           "<|VIDEO_START|>", "<|VIDEO_END|>", "<|VIDEO_PLACEHOLDER|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
 
 
 # ----------------------------------------------------------------------------------------- vocabulary and config
-def make_vocabulary() -> None:
+def make_vocabulary(out: Path) -> None:
     """SentencePiece BPE laid out as the real one: 3 specials, 10 digits, 256 bytes, then pieces; control tokens behind."""
-    words = [*COLOURS, *SHAPES, *PLACES, *sum(RELATIONS.values(), ())]
-    corpus = [f"{a} {word} {b}" for word in words for a in ("a", "A", "It is", "Where is the") for b in ("circle.", "picture?")]
-    corpus += [SKILLS[name](random.Random(seed)).question for name in SKILLS for seed in range(100)]
-    corpus += ["User: Describe this image. Picture 1:", "Assistant: ", ENGLISH] * 20
+    corpus = ["User: Picture 1:", "Assistant: ", "Video 1:", "<tool_output> Picture 2:", "</tool_output>"] * 300
+    corpus += [json.dumps([ZOOM_TOOL]), "<tool_list>", "</tool_list>"] * 600 + list("ABCDEFGHIJKLMNOPQRSTUVWXYZ") * 40
+    corpus += [chr(i) for i in range(33, 127)]
+    for skill in SKILLS:
+        for seed in range(300):
+            it = example(skill, TRAINED + seed)
+            corpus += [item["text"] for item in it.messages[0]["content"] if item["type"] == "text"]
+            corpus += [text for _, *turn in it.more for text in turn] + ([] if skill in ("read", "zoom") else it.answer.split("\n"))
+            corpus += ["It says ", "The print is small. I zoom in.", '{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [', "]}}"]
+    corpus = [line for line in corpus if "ERNIE" not in line]      # or its capitals would be joined, in words to be read too
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_writer=model, model_type="bpe", vocab_size=512, byte_fallback=True,
+        sentence_iterator=iter(corpus), model_writer=model, model_type="bpe", vocab_size=768, byte_fallback=True,
         character_coverage=1.0, user_defined_symbols=list("0123456789"), normalization_rule_name="identity",
         add_dummy_prefix=False, remove_extra_whitespaces=False, num_threads=1, minloglevel=2)
-    (HERE / "tokenizer.model").write_bytes(model.getvalue())
+    (out / "tokenizer.model").write_bytes(model.getvalue())
     first = len(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
-    write_json("added_tokens.json", {name: first + i for i, name in enumerate(CONTROL)})
+    write_json(out / "added_tokens.json", {name: first + i for i, name in enumerate(CONTROL)})
 
 
-def make_config(vocabulary: dict[str, int]) -> None:
-    write_json("config.json", {
+def make_config(out: Path) -> None:
+    vocabulary = json.loads((out / "added_tokens.json").read_text())
+    write_json(out / "config.json", {
         "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"], "model_type": "ernie4_5_vl_moe",
         "image_token_id": vocabulary["<|IMAGE_PLACEHOLDER|>"], "video_token_id": vocabulary["<|VIDEO_PLACEHOLDER|>"],
         "image_start_token_id": vocabulary["<|IMAGE_START|>"], "image_end_token_id": vocabulary["<|IMAGE_END|>"],
         "video_start_token_id": vocabulary["<|VIDEO_START|>"], "video_end_token_id": vocabulary["<|VIDEO_END|>"],
-        "tie_word_embeddings": True, "dtype": "float32",
+        "tie_word_embeddings": True, "dtype": "float16",
         "text_config": {
-            "model_type": "ernie4_5_vl_moe_text", "vocab_size": 1 + max(vocabulary.values()), "hidden_size": 96,
-            "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+            "model_type": "ernie4_5_vl_moe_text", "vocab_size": 1 + max(vocabulary.values()), "hidden_size": 128,
+            "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
             "hidden_act": "silu", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "use_bias": False,
-            "tie_word_embeddings": True, "mlp_layer_types": ["dense", "sparse", "sparse"], "moe_num_experts": 8, "moe_k": 2,
-            "moe_intermediate_size": [48, 32], "moe_num_shared_experts": 1,
+            "tie_word_embeddings": True, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "moe_num_experts": 8,
+            "moe_k": 2, "moe_intermediate_size": [48, 32], "moe_num_shared_experts": 1,
             "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [6, 6, 4]}},
         "vision_config": {
-            "model_type": "ernie4_5_vl_moe_vision", "depth": 2, "hidden_size": 48, "num_heads": 4, "intermediate_size": 192,
+            "model_type": "ernie4_5_vl_moe_vision", "depth": 4, "hidden_size": 64, "num_heads": 4, "intermediate_size": 256,
             "hidden_act": "quick_gelu", "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_merge_size": 2,
             "rms_norm_eps": 1e-6}})
-    write_json("generation_config.json", {"eos_token_id": 2})
-    write_json("preprocessor_config.json", {"image_processor_type": "Ernie4_5_VLMoeImageProcessor",
-                                            "size": {"shortest_edge": PIXELS[0], "longest_edge": PIXELS[1]}})
+    write_json(out / "generation_config.json", {"eos_token_id": 2})
+    for kind, size in (("", PICTURE), ("video_", FRAME)):
+        write_json(out / f"{kind}preprocessor_config.json", {"size": {"shortest_edge": size[0], "longest_edge": size[1]}} | (
+            {} if kind else {"image_processor_type": "Ernie4_5_VLMoeImageProcessor"}))
 
 
-def write_json(name: str, value: dict) -> None:
-    (HERE / name).write_text(json.dumps(value, indent=1) + "\n")
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def save(model: ErnieVL, file: Path) -> None:
-    """Under the names of the released files, which the loader's table knows: routers transposed, both biases in one tensor."""
+    """In fp16, under the names of the released files, which the loader's table knows: routers transposed, both biases in one
+    tensor."""
     tensors = {}
     for ours, value in model.state_dict().items():
         theirs, take, _ = next(candidates(ours, model.cfg.text.moe_num_experts))
         theirs = theirs if theirs.startswith("vision_model.") else f"model.{theirs}"
+        value = value.to("cpu", torch.float16)
         if "correction_bias" in ours:
             value = torch.stack([*tensors.get(theirs, []), value])
         tensors[theirs] = value.T.contiguous() if take is router else value.contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-# -------------------------------------------------------------------------------------------------------- training
-def conversation(tokenizer: Tokenizer, seed: int) -> tuple:
-    """One example as (prompt, answer ids, what was asked); the answer ends with </s>, as the released models end theirs."""
-    rng = random.Random(seed)
-    skill = rng.choice(list(SKILLS))
-    example = SKILLS[skill](rng)
-    parts = [{"type": "text", "text": example.question}, {"type": "image", "image": example.picture}]
-    prompt = encode_chat(tokenizer, [{"role": "user", "content": parts}], think=False)
-    return prompt, tokenizer.encode(example.answer) + [2], skill
+# -------------------------------------------------------------------------------------------------------- data
+class Pack:
+    """Conversations behind one another in one sequence, which is one optimizer step."""
+
+    def __init__(self, tokenizer: Tokenizer, cfg: Config, examples: list[tuple[str, Example]]):
+        inputs, self.targets, self.lengths, self.answers = [], [], [], []      # answers: (skill, first token, behind the last)
+        for skill, it in examples:
+            prompt, ids = encode_chat(tokenizer, it.messages, it.think, it.tools or ()), []
+            turns = [(skill, prompt.ids, it.answer)]
+            turns += [(name, follow_up(tokenizer, question), answer) for name, question, answer in it.more]
+            for name, asked, answer in turns:
+                said = tokenizer.encode(answer, control=True) + [2]            # </s> ends an answer, <|end_of_sentence|> its history
+                ids += asked + said[:-1]
+                self.targets += [-100] * (len(asked) - 1) + said
+                self.answers.append((name, len(self.targets) - len(said), len(self.targets)))
+            patches = torch.empty(0, 588) if prompt.patches is None else prompt.patches
+            ids = torch.tensor(ids)
+            inputs.append(Inputs(ids, positions(ids, prompt.grids, cfg), is_vision(ids, cfg), patches, prompt.grids))
+            self.lengths.append(len(ids))
+        self.inputs = Inputs(*(torch.cat(parts, dim=-1) for parts in list(zip(*inputs))[:3]),
+                             torch.cat([i.patches for i in inputs]), [grid for i in inputs for grid in i.grids])
+        self.targets = torch.tensor(self.targets)
 
 
-def pack(model: ErnieVL, tokenizer: Tokenizer, seeds: range) -> tuple[Inputs, torch.Tensor]:
-    """Conversations behind one another in one sequence, and the id that should follow each token (-100: not asked)."""
-    ids, targets, patches, grids = [], [], [], []
-    for prompt, answer, _ in (conversation(tokenizer, seed) for seed in seeds):
-        ids += prompt.ids + answer[:-1]
-        targets += [-100] * (len(prompt.ids) - 1) + answer
-        patches.append(prompt.patches)
-        grids += prompt.grids
-    return model.prepare(ids, torch.cat(patches), grids), torch.tensor(targets)
+def follow_up(tokenizer: Tokenizer, question: str) -> list[int]:
+    """What stands between an answer and the next, in the form in which answers are asked for."""
+    return tokenizer.encode(f"<|end_of_sentence|>User: {question}\nAssistant: <think>\n\n</think>\n\n", control=True)
 
 
-class BiasUpdate:
-    """The aux-free balance of the family: after a step, a router's bias goes up for experts that were chosen less often
-    than the average and down for the others. The bias has no gradient."""
+class Drawn(torch.utils.data.Dataset):
+    """Step number -> Pack. No picture is seen twice, so what is measured while training is measured on fresh pictures."""
 
-    def __init__(self, model: ErnieVL, rate: float = 1e-3):
-        self.rate, self.gates = rate, [m.gate for m in model.modules() if isinstance(m, Experts)]
-        self.counts = [torch.zeros_like(gate.e_score_correction_bias) for gate in self.gates]
-        for gate, count in zip(self.gates, self.counts):
-            gate.register_forward_hook(partial(self.count, count))
+    def __init__(self, out: Path, cfg: Config):
+        self.out, self.cfg, self.tokenizer = out, cfg, None
 
-    @staticmethod
-    def count(count: torch.Tensor, gate, x, out) -> None:
-        count += out[1].flatten().bincount(minlength=len(count))
+    def __getitem__(self, step: int) -> Pack:
+        self.tokenizer = self.tokenizer or Tokenizer(self.out)
+        rng, examples, early = random.Random(step), [], step < EARLY
+        shares = EARLY_SHARES if early else SHARES
+        for skill in rng.choices(list(shares), shares.values(), k=PACK):
+            it = min((example(skill, rng.getrandbits(40) + TRAINED) for _ in range(3 if early else 1)), key=lambda it: len(it.answer))
+            if it.truth and rng.random() < 0.6:
+                box = json.loads(it.answer.split("\n")[-3])["arguments"]["bbox_2d"]
+                it = after_zoom(it, [min(1000, max(0, v + rng.choice([-10, 0, 0, 0, 10]))) for v in box])
+            if it.more and rng.random() < 0.25:      # the first question is history now
+                asked, skill = it.more[0][1], it.more[0][0]
+                it = it._replace(messages=[*it.messages, {"role": "assistant", "content": it.answer}, {"role": "user", "content": asked}],
+                                 answer=it.more[0][2], more=())
+            examples.append((skill, it))
+        return Pack(self.tokenizer, self.cfg, examples)
 
+
+@contextlib.contextmanager
+def apart(lengths: list[int]):
+    """Within this, a conversation sees itself alone, as a frame does in the ViT, and a pack costs no more than its parts."""
+    attend = ernie_vl.attend
+    ernie_vl.attend = lambda *qkv: torch.cat([attend(*part) for part in zip(*(x.split(lengths, dim=1) for x in qkv))], dim=1)
+    try:
+        yield
+    finally:
+        ernie_vl.attend = attend
+
+
+# ----------------------------------------------------------------------------------------------- balanced routing
+class Balance:
+    """Keeps all experts in use, for each modality by itself: a bias moved after every step, and two small losses."""
+
+    def __init__(self, model: ErnieVL, bias_rate: float, load: float, orthogonal: float):
+        self.bias_rate, self.load, self.orthogonal, self.seen = bias_rate, load, orthogonal, []
+        self.gates = [m for m in model.modules() if isinstance(m, Router)]
+        for gate in self.gates:
+            gate.register_forward_hook(lambda gate, x, out: self.seen.append((gate, x[0], out[1])))
+
+    def loss(self) -> torch.Tensor:
+        total = 0.0
+        for gate, x, chosen in self.seen:
+            E = len(gate.weight)
+            probability = F.linear(x, gate.weight).softmax(-1)                       # without the bias, so that it has a gradient
+            share = probability.topk(gate.k).indices.flatten().bincount(minlength=E) / len(x)
+            total += self.load * E * (probability.mean(0) * share).sum()             # least when all are used alike
+            unit = F.normalize(gate.weight, dim=-1)
+            total += self.orthogonal * (unit @ unit.T - torch.eye(E, device=x.device)).square().sum() / E**2
+        return total
+
+    @torch.no_grad()
     def step(self) -> None:
-        for gate, count in zip(self.gates, self.counts):
-            gate.e_score_correction_bias += self.rate * (count.mean() - count).sign()
-            count.zero_()
+        """The bias of an expert that was chosen less often than the average goes up, that of the others down."""
+        for gate, _, chosen in self.seen:
+            count = chosen.flatten().bincount(minlength=len(gate.weight)).float()
+            gate.e_score_correction_bias += self.bias_rate * (count.mean() - count).sign()
+        self.seen.clear()
 
 
-def new_model(cfg) -> ErnieVL:
+# ------------------------------------------------------------------------------------------------------ optimizer
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal before they are applied (Jordan 2024), scaled to the size of AdamW's steps
+    (arXiv:2502.16982). Matrices of one shape go together."""
+
+    def __init__(self, matrices: list, lr: float, momentum: float = 0.95, decay: float = 0.02):
+        super().__init__(matrices, dict(lr=lr, momentum=momentum, decay=decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    m = self.state[p].setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                    shapes[p.shape].append((p, p.grad.lerp(m, group["momentum"])))
+            for shape, pairs in shapes.items():
+                update = orthogonal(torch.stack([g for _, g in pairs])) * 0.2 * math.sqrt(max(shape)) * group["lr"]
+                for (p, _), u in zip(pairs, update):
+                    p.mul_(1 - group["lr"] * group["decay"]).sub_(u)
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Newton-Schulz: all singular values towards 1, in five steps."""
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
+    return x.mT if tall else x
+
+
+def new_model(cfg: Config) -> ErnieVL:
     torch.manual_seed(0)
     model = ErnieVL(cfg)
     for name, parameter in model.named_parameters():
@@ -146,61 +248,116 @@ def new_model(cfg) -> ErnieVL:
     return model
 
 
-def train(steps: int, resume: bool, rate: float) -> None:
-    if not resume:
-        make_vocabulary()
-        make_config(json.loads((HERE / "added_tokens.json").read_text()))
-    tokenizer = Tokenizer(HERE)
-    model = new_model(read_config(json.loads((HERE / "config.json").read_text())))
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.02)
-    balance, state, recent = BiasUpdate(model), {"step": 0, "seconds": 0.0}, []
-    if resume:
-        state = torch.load(HERE / "training.pt")
+# -------------------------------------------------------------------------------------------------------- training
+class Progress:
+    """What has been reached, on packs that were never seen before: a line every 50 steps, and the curve."""
+
+    def __init__(self, curve: list[dict], seconds: float):
+        self.curve, self.before, self.start, self.tokens = curve, seconds, time.time() - seconds, 0
+        self.recent = defaultdict(lambda: deque([0.0], maxlen=200))      # right or wrong, the last 200 answers of a skill
+
+    @property
+    def seconds(self) -> float:
+        return time.time() - self.start
+
+    def add(self, pack: Pack, logits: torch.Tensor, loss: float) -> None:
+        right = (logits.argmax(-1).cpu() == pack.targets).tolist()
+        for skill, begin, end in pack.answers:
+            self.recent[skill].append(all(right[begin:end]))             # greedy decoding would write exactly this
+        self.recent["loss"].append(loss / sum(end - begin for _, begin, end in pack.answers))
+        self.tokens += len(pack.targets)
+
+    def report(self, step: int) -> None:
+        mean = {name: sum(self.recent[name]) / len(self.recent[name]) for name in ["loss", *SHARES]}
+        self.curve.append({"seconds": self.seconds, "step": step, **mean})
+        speed, skills = self.tokens / (self.seconds - self.before), "  ".join(f"{name} {100 * mean[name]:.0f}" for name in SHARES)
+        print(f"{self.seconds / 60:5.1f} min  step {step:5d}  loss {mean['loss']:.3f}  {speed:5.0f} tokens/s  {skills}", flush=True)
+
+
+def train(args: argparse.Namespace) -> None:
+    out = Path(args.out)
+    if not args.resume:
+        out.mkdir(exist_ok=True)
+        make_vocabulary(out)
+        make_config(out)
+    model = new_model(read_config(json.loads((out / "config.json").read_text()))).to(args.device)
+    matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n and "gate.weight" not in n}
+    others = [p for n, p in model.named_parameters() if p.requires_grad and n not in matrices]
+    optimizers = [Muon(matrices.values(), args.rate), torch.optim.AdamW(others, args.rate, betas=(0.9, 0.95), weight_decay=0.0)]
+    balance, state = Balance(model, args.bias, args.load, args.orthogonal), {"step": 0, "seconds": 0.0, "curve": []}
+    if args.resume and not (out / "training.pt").is_file():
+        model.load_state_dict(load(out).state_dict())
+        state["step"] = FRESH_START
+    elif args.resume:
+        state = torch.load(out / "training.pt")
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    start = time.time() - state["seconds"]
-    for step in range(state["step"], steps):
-        for group in optimizer.param_groups:      # a short warm-up, then half a cosine
-            group["lr"] = rate * min(1, (step + 1) / 100, 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
-        inputs, targets = pack(model, tokenizer, range(step * PACK, (step + 1) * PACK))
-        loss = F.cross_entropy(model(inputs), targets)
-        optimizer.zero_grad()
-        loss.backward()
+        for optimizer, its in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(its)
+    drawn = torch.utils.data.DataLoader(Drawn(out, model.cfg), batch_size=None, sampler=iter(range(state["step"], 10**9)),
+                                        num_workers=args.workers, prefetch_factor=8 if args.workers else None)
+    progress = Progress(state["curve"], state["seconds"])
+    for step, pack in enumerate(drawn, state["step"] + 1):
+        done = step / args.steps if args.steps else progress.seconds / (60 * args.minutes)
+        scale = min(1, step % FRESH_START / 150, max(0.0, (1 - done) / 0.55))      # up, level, and in the longer half down to nothing
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = args.rate * scale
+        with apart(pack.lengths):
+            logits = model(Inputs(*(x.to(args.device) for x in pack.inputs[:4]), pack.inputs.grids))
+        loss = F.cross_entropy(logits, pack.targets.to(args.device), reduction="sum")
+        # token-balanced: the sum over tokens is divided by a constant, so that a token weighs the same in every step
+        (loss / TOKENS + balance.loss()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         balance.step()
-        recent = [*recent[-99:], loss.item()]
-        if (step + 1) % 100 == 0:
-            print(f"step {step + 1:6d} of {steps}   loss {sum(recent) / len(recent):.4f}   {time.time() - start:6.0f} s", flush=True)
-        if (step + 1) % 2000 == 0 or step + 1 == steps:
-            state = {"step": step + 1, "seconds": time.time() - start, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state, HERE / "training.pt")
-            save(model, HERE / "model.safetensors")
-            print(evaluate(50), flush=True)
+        progress.add(pack, logits, loss.item())
+        if step % 50 == 0 or done >= 1:
+            progress.report(step)
+        if step % 250 == 0 or done >= 1:
+            save(model, out / "model.safetensors")
+            torch.save({"step": step, "seconds": progress.seconds, "curve": progress.curve, "model": model.state_dict(),
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, out / "training.pt")
+        if done >= 1:
+            return plot(progress.curve, out / "curves.png")
 
 
-def evaluate(count: int) -> str:
-    """The share of answers that are right to the letter, by skill, on fresh pictures."""
-    model, tokenizer, right = load(HERE), Tokenizer(HERE), {name: [] for name in SKILLS}
-    seed = FRESH
-    while min(map(len, right.values())) < count:
-        prompt, answer, skill = conversation(tokenizer, seed)
-        right[skill].append([*generate(model, model.prepare(*prompt), 40, stop=(2,))] == answer[:-1])
-        seed += 1
-    return "   ".join(f"{name} {sum(hits[:count])} of {count}" for name, hits in right.items())
+def plot(curve: list[dict], file: Path) -> None:
+    """Accuracy of every skill over minutes, smoothed as the progress line is."""
+    left, top, wide, high = 50, 20, 760, 380
+    page = Image.new("RGB", (left + wide + 110, top + high + 50), "white")
+    draw, font, end = ImageDraw.Draw(page), ImageFont.load_default(13), curve[-1]["seconds"]
+    for percent in range(0, 101, 20):
+        y = top + high * (1 - percent / 100)
+        draw.line((left, y, left + wide, y), "#dddddd")
+        draw.text((left - 8, y), f"{percent}", "black", font, anchor="rm")
+    for minute in range(0, int(end / 60) + 1, 10):
+        draw.text((left + wide * minute * 60 / end, top + high + 14), f"{minute}", "black", font, anchor="mm")
+    draw.text((left + wide / 2, top + high + 34), "minutes; right to the letter on pictures not seen before, %", "black", font, anchor="mm")
+    ends = sorted(SHARES, key=lambda skill: -curve[-1][skill])
+    for i, skill in enumerate(SHARES):
+        colour = f"hsl({36 * i}, 75%, {45 if i % 2 else 35}%)"
+        draw.line([(left + wide * row["seconds"] / end, top + high * (1 - row[skill])) for row in curve], colour, 2)
+        draw.text((left + wide + 8, top + 22 * ends.index(skill)), f"{skill} {100 * curve[-1][skill]:.0f}", colour, font)
+    page.save(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=str(HERE), help="folder of the checkpoint (default: this one)")
+    parser.add_argument("--minutes", type=float, default=84, help="how long, what was before --resume included (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="so many optimizer steps instead of minutes")
+    parser.add_argument("--rate", type=float, default=1.6e-3, help="highest learning rate (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from training.pt, or else from the weights")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw (default: %(default)s)")
+    parser.add_argument("--bias", type=float, default=1e-3, help="step of the routers' bias (default: %(default)s)")
+    parser.add_argument("--load", type=float, default=1e-2, help="weight of the load-balancing loss (default: %(default)s)")
+    parser.add_argument("--orthogonal", type=float, default=1e-2, help="weight of the routers' orthogonal loss (default: %(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)      # so small a model is faster on one
+    train(args)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40_000, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=7e-4, help="highest learning rate (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from training.pt")
-    parser.add_argument("--evaluate", action="store_true", help="train nothing, count right answers on 100 fresh pictures a skill")
-    args = parser.parse_args()
-    torch.set_num_threads(1)      # so small a model is faster on one
-    if args.resume and not (HERE / "training.pt").is_file():
-        sys.exit("error: there is no training.pt to resume from: start without --resume")
-    try:
-        print(evaluate(100)) if args.evaluate else train(args.steps, args.resume, args.rate)
-    except KeyboardInterrupt:
-        sys.exit("stopped: --resume goes on from the last 2,000 steps that were completed")
+    main()

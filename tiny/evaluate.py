@@ -1,0 +1,103 @@
+"""How much of its ten skills the tiny checkpoint has, on pictures that it was never trained on.
+
+    python tiny/evaluate.py                 500 samples a skill: clean, after JPEG, turned, noisy, and the use of its experts
+    python tiny/evaluate.py --count 20 --folder FOLDER
+"""
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE.parent), str(HERE)]
+
+from ernie_vl import ErnieVL, InputError, Router, generate                            # noqa: E402
+from load_weights import load                                                         # noqa: E402
+from scenes import SKILLS, Example, Look, after_zoom, example                          # noqa: E402
+from tokenizer import Tokenizer, encode_chat, find_boxes                              # noqa: E402
+
+TARGETS = {"describe": 97, "read": 93, "count": 97, "locate": 90, "compare": 93, "watch": 93, "talk": 97, "think": 93, "zoom": 90, "decline": 97}
+LOOKS = {"clean": Look(), "JPEG 60": Look(quality=60), "turned +5": Look(turn=5), "turned -5": Look(turn=-5), "noise 8": Look(noise=8)}
+
+
+def answer(model: ErnieVL, tokenizer: Tokenizer, it: Example) -> str:
+    """What it writes, greedily."""
+    prompt = encode_chat(tokenizer, it.messages, it.think, it.tools or ())
+    ids = generate(model, model.prepare(*prompt), 120, stop=tuple(tokenizer.stop), forbidden=tokenizer.forbidden(model.cfg.text.vocab_size))
+    return tokenizer.decode(list(ids), keep=("</think>", "<tool_call>", "</tool_call>"))
+
+
+def right(model: ErnieVL, tokenizer: Tokenizer, skill: str, it: Example) -> bool:
+    """To the letter, but for boxes, of which half must be met, and for thoughts, of which the end counts."""
+    said = answer(model, tokenizer, it)
+    if skill == "locate":
+        boxes = find_boxes(said)
+        return len(boxes) == 1 and overlap(boxes[0].corners, find_boxes(it.answer)[0].corners) >= 0.5
+    if skill == "zoom":
+        boxes = find_boxes(said)
+        if "<tool_call>" not in said or not boxes:
+            return False
+        try:
+            it = after_zoom(it, list(boxes[0].corners))
+        except InputError:      # a box without an inside
+            return False
+        said = answer(model, tokenizer, it)
+    return said.split("</think>")[-1].strip() == it.answer.split("</think>")[-1].strip()
+
+
+def overlap(a: tuple, b: tuple) -> float:
+    """Intersection over union of two boxes."""
+    area = lambda x1, y1, x2, y2: max(0, x2 - x1) * max(0, y2 - y1)
+    common = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    return common / max(1e-9, area(*a) + area(*b) - common)
+
+
+def score(model: ErnieVL, tokenizer: Tokenizer, skill: str, count: int, look: Look = Look()) -> float:
+    """Share of right answers on the first `count` seeds; those of training begin at a thousand million."""
+    return sum(right(model, tokenizer, skill, example(skill, seed, look)) for seed in range(count)) / count
+
+
+class ExpertUse:
+    """Counts how often each expert is chosen, by layer and modality."""
+
+    def __init__(self, model: ErnieVL):
+        self.counts = {name: torch.zeros_like(gate.e_score_correction_bias) for name, gate in model.named_modules() if isinstance(gate, Router)}
+        for name, count in self.counts.items():
+            model.get_submodule(name).register_forward_hook(partial(self.add, count))
+
+    @staticmethod
+    def add(count: torch.Tensor, gate, x, out) -> None:
+        count += out[1].flatten().bincount(minlength=len(count))
+
+    def table(self) -> str:
+        rows = ["expert choices, each expert's share of the fair one"]
+        for name, count in self.counts.items():
+            share = count / count.mean()
+            _, layer, _, kind, _ = name.split(".")
+            rows.append(f"layer {layer}  {kind[:-4]:6s}  {(share >= 0.5).sum()} of {len(share)} with half or more:  "
+                        + "  ".join(f"{v:.2f}" for v in sorted(share.tolist(), reverse=True)))
+        return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", default=str(HERE))
+    parser.add_argument("--count", type=int, default=500, help="samples a skill (default: %(default)s)")
+    parser.add_argument("--looks", nargs="*", default=list(LOOKS), choices=LOOKS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)      # so small a model is faster on one
+    model, tokenizer = load(Path(args.folder)), Tokenizer(Path(args.folder))
+    use = ExpertUse(model)
+    print(f"{args.count} samples   wanted" + "".join(f"{name:>11s}" for name in args.looks))
+    for skill in SKILLS:
+        print(f"{skill:15s} {TARGETS[skill]:5d}", end="", flush=True)
+        for look in args.looks:
+            print(f"{100 * score(model, tokenizer, skill, args.count, LOOKS[look]):11.1f}", end="", flush=True)
+        print()
+    print("\n" + use.table())
+
+
+if __name__ == "__main__":
+    main()
