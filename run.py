@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -125,8 +125,8 @@ from safetensors.torch import save_file                                         
 
 from ernie_vl import ErnieVL, Inputs, InputError, generate, merged                                               # noqa: E402
 from load_weights import find_folder, load                                                                       # noqa: E402
-from tokenizer import (ZOOM_TOOL, Box, Media, Reply, Stream, Tokenizer, crop, draw_boxes, encode_chat,           # noqa: E402
-                       find_boxes, load_media, read_tools, short)
+from tokenizer import (ZOOM_TOOL, Box, Media, Reply, Tokenizer, crop, draw_boxes, encode_chat, find_boxes,       # noqa: E402
+                       load_media, read_tools, short)
 
 
 # ------------------------------------------------------------------------------------------------------- small parts
@@ -243,24 +243,30 @@ class Assistant:
     def answer(self, messages: list[dict], show: Callable) -> dict:
         """The next message. show(kind, text) is called with its parts as they come. Ctrl-C ends it early, and what is there
         stands."""
-        args, inputs, before = self.args, self.inputs(messages), self.tokens
-        reply, stream = Reply(self.tokenizer.begins_thinking(inputs.ids.tolist())), Stream(self.tokenizer, self.tokenizer.shown)
-        most = min(args.max_new_tokens, self.model.cfg.text.max_position_embeddings - len(inputs.ids))
+        if not messages or messages[-1]["role"] not in ("user", "tool"):
+            raise InputError("the conversation asks nothing: let it end with a message of the user or the result of a tool")
+        inputs = self.inputs(messages)
         self.prompt_tokens, self.media_tokens = len(inputs.ids), sum(math.prod(merged(grid)) for grid in inputs.grids)
+        reply = Reply(self.tokenizer.begins_thinking(inputs.ids.tolist()))
         try:
-            for id in generate(self.model, inputs, most, self.stop, args.temperature, args.top_k, args.top_p,
-                               args.repetition_penalty, args.seed, self.forbidden, self.cache):
-                self.clock.lap("other_tokens" if self.tokens else "first_token")
-                self.tokens += 1
-                for event in reply.push(stream.push(id)):
-                    show(*event)
-            self.ended = "length" if self.tokens - before == most else "stop"
+            for kind, text in reply.follow(self.tokenizer, self.generate(inputs)):
+                show(kind, text)
         except KeyboardInterrupt:
             self.ended = "interrupted"
-        for event in reply.push(stream.flush(), final=True):
-            show(*event)
+            for kind, text in reply.push("", final=True):
+                show(kind, text)
         self.clock.lap("other_tokens" if self.tokens else "first_token")
         return reply.message()
+
+    def generate(self, inputs: Inputs) -> Iterator[int]:
+        args, before, room = self.args, self.tokens, self.model.cfg.text.max_position_embeddings - len(inputs.ids)
+        most = min(args.max_new_tokens, room)
+        for id in generate(self.model, inputs, most, self.stop, args.temperature, args.top_k, args.top_p,
+                           args.repetition_penalty, args.seed, self.forbidden, cache=self.cache):
+            self.clock.lap("other_tokens" if self.tokens else "first_token")
+            self.tokens += 1
+            yield id
+        self.ended = "length" if self.tokens - before == most else "stop"
 
     def converse(self, messages: list[dict], show: Callable = lambda kind, text: None) -> None:
         """Appends the answer to a conversation, and before it what the model wanted to see more closely."""
@@ -332,7 +338,7 @@ def boxes_of(message: dict) -> list[Box]:
 
 
 def written(message: dict) -> dict:
-    """A message as JSON: pictures as the paths they came from, or as data URIs where there were none."""
+    """A message as JSON: pictures and clips as the paths they came from, what a zoom cut out as a data URI."""
     def item(part: dict) -> dict:
         kind = part["type"]
         if kind == "text" or isinstance(part[kind].source, (str, Path)):

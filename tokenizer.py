@@ -17,7 +17,7 @@ import re
 import uuid
 import warnings
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -633,6 +633,13 @@ class Reply:
             elif said:
                 setattr(self, kind, getattr(self, kind) + said)
                 yield kind, said
+
+    def follow(self, tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[tuple[str, str]]:
+        """The same for generated ids, until they end."""
+        stream = Stream(tokenizer, tokenizer.shown)
+        for id in ids:
+            yield from self.push(stream.push(id))
+        yield from self.push(stream.flush(), final=True)
 
     def think(self, final: bool) -> tuple | None:
         if not self.reasoning:
