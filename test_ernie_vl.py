@@ -226,6 +226,29 @@ def test_a_picture_is_a_clip_of_two_equal_frames(model):
     assert distance(model.resampler_model(x, [(1, 4, 6)]), model.resampler_model(torch.cat((x, x)), [(2, 4, 6)])) < 1e-6
 
 
+def test_consecutive_frames_are_paired(model):
+    x = torch.randn(4 * 24, ref.VIT_WIDTH, generator=torch.manual_seed(2))
+    halves = [model.resampler_model(half, [(2, 4, 6)]) for half in x.chunk(2)]
+    assert distance(model.resampler_model(x, [(4, 4, 6)]), torch.cat(halves)) < 1e-6
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ref.MODELS)
+def test_long_prompts_and_many_pictures_in_pieces_change_nothing(models, name, monkeypatch):
+    """Cuts inside pictures too, and a ViT that sees no more than 30 patches at a time."""
+    model, calls = models[name], []
+    inputs, whole = prepared(model, "mixed"), models[name](prepared(model, "mixed"))
+    monkeypatch.setattr(ernie_vl, "CHUNK", 7)
+    monkeypatch.setattr(ernie_vl, "VIT_BATCH", 30)
+    hooks = [model.layers[0].register_forward_hook(lambda layer, given, out: calls.append(len(out))),
+             model.vision_model.register_forward_hook(lambda vit, given, out: calls.append(-len(out)))]
+    pieces, last = model(inputs, model.new_cache()), model(inputs, model.new_cache(), only_last=True)
+    for hook in hooks:
+        hook.remove()
+    assert distance(pieces, whole) < 1e-5 and distance(last, whole[-1:]) < 1e-5
+    assert max(calls) == 7 and min(calls) >= -48 and len([c for c in calls if c < 0]) > 4     # a pair of frames has up to 48
+
+
 def test_one_placeholder_id_for_pictures_and_clips_is_enough(model):
     """Released prompts use the picture's placeholder in clips too."""
     two = prepared(model, "mixed")
@@ -1724,7 +1747,6 @@ MISTAKES = {  # old text -> new text; each was made by a port of this model, or 
     "tanh GELU in the resampler": ("nn.GELU()", 'nn.GELU("tanh")'),
     "a picture paired with zeros": ("(frames, frames) if", "(frames, 0 * frames) if"),
     "odd and even frames swapped": ("(frames[0::2], frames[1::2])", "(frames[1::2], frames[0::2])"),
-    "first half paired with second": ("(frames[0::2], frames[1::2])", "frames.chunk(2)"),
     "after_norm forgotten": ("self.after_norm(", "("),
 }
 
