@@ -119,14 +119,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse(None)     # --help and wrong options are answered at once, and not after the second that torch takes to load
 
-import torch                                                                                                     # noqa: E402
-from safetensors import SafetensorError                                                                          # noqa: E402
-from safetensors.torch import save_file                                                                          # noqa: E402
+try:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-from ernie_vl import ErnieVL, Inputs, InputError, generate, merged                                               # noqa: E402
-from load_weights import find_folder, load                                                                       # noqa: E402
-from tokenizer import (ZOOM_TOOL, Box, Media, Reply, Tokenizer, crop, draw_boxes, encode_chat, find_boxes,       # noqa: E402
-                       load_media, read_tools, short)
+    from ernie_vl import ErnieVL, InputError, Inputs, generate, merged
+    from load_weights import find_folder, load
+    from tokenizer import (ZOOM_TOOL, Box, Media, Reply, Tokenizer, crop, draw_boxes, encode_chat, find_boxes, load_media,
+                           read_tools, short)
+except ModuleNotFoundError as missing:
+    print(f"error: the package {missing.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 
 # ------------------------------------------------------------------------------------------------------- small parts

@@ -1312,6 +1312,14 @@ def test_cuda_is_refused_where_there_is_none(capsys):
     assert code == 2 and err == "error: this machine or this build of torch has no cuda device: use --device cpu, or leave it out\n"
 
 
+def test_a_missing_package_is_named(tmp_path):
+    (tmp_path / "sentencepiece.py").write_text("raise ModuleNotFoundError(name='sentencepiece')")
+    out = subprocess.run([sys.executable, "run.py", "--prompt", "Hi"], cwd=HERE, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                         capture_output=True, text=True)
+    assert out.returncode == 2 and out.stdout == "" and out.stderr == (
+        "error: the package sentencepiece is not installed: pip install -r requirements.txt\n")
+
+
 def test_the_answer_alone_goes_to_stdout_and_the_same_seed_gives_the_same(capsys):
     code, out, err = ask(capsys, "--image", EXAMPLE)
     assert code == 0 and out.endswith(".\n") and out.count("\n") == 1
