@@ -85,6 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", metavar="FOLDER", default=str(TINY), help="a checkpoint folder, or a hub id in the local Hugging Face cache "
         "(default: the bundled tiny/, which knows coloured shapes)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes cuda, then mps, then cpu")
+    add("--quantize", choices=("int8", "int4"), help="round the decoder's weights while loading: half or a third of the memory")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto keeps what the checkpoint stores")
     add = parser.add_argument_group("how to answer").add_argument
     add("--max-new-tokens", metavar="N", type=at_least(1, int), default=1024, help="longest answer (default: %(default)s)")
@@ -371,7 +372,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--boxes draws on a picture: give one with --image")
     clock.lap("pictures")
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = load(folder, device, dtype, lambda done, all: say(f"loading {folder.name}: {100 * done // all} %", redraw=True))
+    progress = lambda done, all: say(f"loading {folder.name}: {100 * done // all} %", redraw=True)
+    model = load(folder, device, dtype, progress, args.quantize, announce=say)
     say(f"{folder.name} loaded on {device} in {clock.lap('load'):.1f} s")
     if sum(p.numel() for p in model.parameters()) < 1e7:
         torch.set_num_threads(1)        # so small a model is faster when threads need not wait for one another
@@ -545,7 +547,7 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        say("error: there is not enough memory for this: try --max-pixels, --dtype bfloat16 or a shorter prompt")
+        say("error: there is not enough memory for this: try --max-pixels, --quantize int4, --dtype bfloat16 or a shorter prompt")
         return 2
     except KeyboardInterrupt:
         return 130

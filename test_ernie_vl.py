@@ -42,7 +42,7 @@ import tokenizer as tokenizer_module                                            
 import train                                                                                        # noqa: E402
 from ernie_vl import (ErnieVL, InputError, RMSNorm, Router, attend, frequencies, generate,      # noqa: E402
                       patch_cells, penalize, positions, rope_angles, rotate_halves, rotate_pairs, sample)
-from load_weights import load, read_config                                                          # noqa: E402
+from load_weights import QuantizedLinear, load, read_config                                         # noqa: E402
 from tokenizer import (STYLES, ZOOM_TOOL, Box, Clip, Reply, Stream, Tokenizer, chat_style,          # noqa: E402
                        choose_frames, crop, draw_boxes, encode_chat, find_boxes, fit_size, load_media,
                        load_picture, patchify, pixel_budget, read_clip, read_messages, read_tools, render)
@@ -711,6 +711,103 @@ def test_hub_ids_are_found_in_the_local_cache_only(monkeypatch, tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("aaa")
     assert load_weights.find_folder("baidu/X") == repository / "snapshots" / "aaa"
+
+
+# ------------------------------------------------------------------------------------ 5b. quantising, and small machines
+@pytest.mark.parametrize("kind, columns", [("int8", 96), ("int8", 48), ("int4", 256), ("int4", 64), ("int4", 96), ("int4", 48)])
+def test_weights_are_rounded_to_the_nearest_number_they_can_be(kind, columns):
+    """Groups of 128, 64, 32 and 16. Half a step, and what bf16 loses of scale and offset."""
+    weight = torch.randn(32, columns, generator=torch.manual_seed(0)) * 0.1 + 0.05
+    layer = QuantizedLinear(columns, 32, kind)
+    numbers, scale = layer.quantize(weight)
+    layer.load_state_dict({"weight": numbers, "scale": scale}, assign=True)
+    if kind == "int8":
+        step, found = weight.abs().amax(1, keepdim=True) / 127, numbers.float() * scale.float()[:, None]
+    else:
+        group = next(g for g in (128, 64, 32, 16) if columns % g == 0)
+        parts = weight.view(32, -1, group)
+        step = ((parts.amax(-1) - parts.amin(-1)) / 15).repeat_interleave(group, 1)
+        pairs = torch.stack((numbers % 16, numbers // 16), -1).view(32, -1, group).float()
+        found = ((pairs - 8) * scale[..., 0].T.float()[..., None] + scale[..., 1].T.float()[..., None]).view(32, columns)
+        assert numbers.nbytes + scale.nbytes == 32 * columns // 2 + 4 * 32 * columns // group
+    assert ((found - weight).abs() <= 0.55 * step + 0.01 * weight.abs().max()).all()
+    assert distance(layer.dequantized(), found) < 0.01
+    packed = copy.deepcopy(layer)
+    packed.weight = nn.Parameter(packed.pack(numbers), requires_grad=False)
+    for rows in (1, 5):
+        x = torch.randn(rows, columns, generator=torch.manual_seed(1))
+        exact = x.bfloat16().float() @ found.T
+        assert distance(layer(x), exact) < 0.02 * exact.abs().max() and distance(packed(x), exact) < 0.02 * exact.abs().max()
+        assert layer(x.bfloat16()).dtype == torch.bfloat16 and layer(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind, error", [("int8", 0.05), ("int4", 0.6)])
+def test_a_quantised_copy_is_what_quantising_while_loading_gives(tmp_path, kind, error):
+    """And it is close to the checkpoint: the error is the mean over the logits, which reach 30 here."""
+    tokenizer, exact = Tokenizer(HERE / "tiny"), load(HERE / "tiny")
+    load_weights.save_quantized(HERE / "tiny", kind, tmp_path / "small")
+    now, copied = load(HERE / "tiny", quantize=kind), load(tmp_path / "small")
+    question = [{"role": "user", "content": [{"type": "text", "text": "Describe this image."}, {"type": "image", "image": EXAMPLE}]}]
+    given = exact.prepare(*encode_chat(tokenizer, question))
+    assert torch.equal(now(given), copied(given)) and 0 < (now(given) - exact(given)).abs().mean() < error
+    assert encode_chat(Tokenizer(tmp_path / "small"), question).ids == given.ids.tolist()
+    assert sum(f.stat().st_size for f in (tmp_path / "small").glob("*.safetensors")) < 0.6 * (HERE / "tiny" / "model.safetensors").stat().st_size
+    with pytest.raises(InputError, match="quantised already"):
+        load(tmp_path / "small", quantize="int4")
+    with pytest.raises(InputError, match="is there already"):
+        load_weights.save_quantized(HERE / "tiny", kind, tmp_path / "small")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
+
+
+def test_what_cannot_be_quantised_is_refused(folders, tmp_path):
+    with pytest.raises(InputError, match=r"rows of 24 weights, which int4 cannot divide into groups of 16: use int8"):
+        load(folders["28b"], quantize="int4")
+    alien = write(tmp_path / "alien", ref.hub_tensors("28b"), ref.config("28b") | {"quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(InputError, match="quantised by 'gptq'"):
+        load(alien)
+    tensors = ref.hub_tensors("28b") | {"model.norm.weight": torch.ones(96, dtype=torch.int8)}
+    with pytest.raises(InputError, match="stored as I8"):
+        load(write(tmp_path / "whole", tensors, ref.config("28b")))
+
+
+def test_memory_is_announced_and_compared_before_anything_is_read(shapes_28b, tmp_path, monkeypatch):
+    """The 28B needs 58.8 GB on a GPU as it is, and 17.2 GB in int4; on a CPU it is mapped."""
+    if not sparse_files(tmp_path):
+        pytest.skip("needs a file system with sparse files")
+    write(tmp_path, {}, VL_28B)
+    write_zeros(shapes_28b, tmp_path, 12)
+    monkeypatch.setattr(load_weights, "free_memory", lambda device: 24e9)
+    said = {kind: [] for kind in (None, "int4")}
+    for kind in said:
+        checkpoint = load_weights.open_checkpoint(tmp_path)
+        if kind:
+            load_weights.quantize_checkpoint(checkpoint, kind)
+        for device in ("cpu", "cuda"):
+            try:
+                said[kind].append(load_weights.check_memory(checkpoint, device, None))
+            except InputError as error:
+                said[kind].append(str(error))
+    name = tmp_path.name
+    assert said[None] == [f"{name} takes 35.4 MB of memory and 58.8 GB mapped from disk (24.0 GB are free on cpu), and 57.3 kB a token of context",
+                          f"{name} needs 58.8 GB on cuda, and 24.0 GB are free: --quantize int4 would fit"]
+    assert said["int4"][1] == f"{name} takes 17.2 GB of memory (24.0 GB are free on cuda), and 57.3 kB a token of context"
+    monkeypatch.setattr(load_weights, "mapped", None)                       # nothing may be read
+    monkeypatch.setattr(load_weights, "free_memory", lambda device: 2e9)
+    with pytest.raises(InputError, match="needs 117.6 GB on cpu, and 2.0 GB are free: it takes a larger machine"):
+        load(tmp_path, dtype=torch.float32)
+
+
+def test_bf16_through_fp32_is_the_same_product(monkeypatch, tmp_path):
+    x, layer = torch.randn(9, 64, generator=torch.manual_seed(0)).bfloat16(), nn.Linear(64, 32).bfloat16()
+    exact, plain = layer.float()(x.float()), layer.bfloat16()(x)
+    layer.__class__ = load_weights.ThroughFP32
+    assert layer(x).dtype == torch.bfloat16 and distance(layer(x), exact) <= distance(plain, exact) + 1e-3
+    assert distance(layer(x[:1]), exact[:1]) < 0.02
+    folder = ref.write_checkpoint("28b", tmp_path)
+    kinds = lambda **options: {type(module) for module in load(folder, **options).modules() if isinstance(module, nn.Linear)}
+    for supported, expected in ((True, nn.Linear), (False, load_weights.ThroughFP32)):
+        monkeypatch.setattr(load_weights, "has_bf16_products", lambda: supported)
+        assert kinds(dtype=torch.bfloat16) == {expected} and kinds() == {nn.Linear}
 
 
 # ---------------------------------------------------------------------- 6. tokenizer: a small vocabulary, made here
