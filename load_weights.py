@@ -24,7 +24,7 @@ import re
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -465,22 +465,63 @@ def misfit(source: Source, parameter: Tensor, cfg: Config) -> str | None:
     return None if found == parameter.shape else f"{stored.name} gives {tuple(found)}"
 
 
-# ------------------------------------------------------------------------------------------ 5. folder -> model
+# ------------------------------------------------------------------------------- 5. one model on several devices
+SPLIT = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0, "o_proj": 1, "down_proj": 1}    # along which dimension
+
+
+def shard(checkpoint: Checkpoint, ranks: int) -> None:
+    """Gives the model the shapes of one process of several: each has a share of the attention heads and of the width of
+    every MLP, routed experts included. Embedding, head and the vision part are whole everywhere."""
+    if checkpoint.quantized:
+        raise InputError(f"{checkpoint.folder} is quantised, and cannot be cut: share the original out, with --quantize")
+    text, smaller = checkpoint.cfg.text, {}
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size"):
+        value = getattr(text, name)
+        widths = value if isinstance(value, tuple) else (value,)
+        if any(width % ranks for width in widths):
+            raise InputError(f"{ranks} processes cannot share {name} {value} among them: take a number that divides it")
+        smaller[name] = tuple(width // ranks for width in widths) if isinstance(value, tuple) else value // ranks
+    with torch.device("meta"):
+        checkpoint.model = ErnieVL(replace(checkpoint.cfg, text=replace(text, **smaller)))
+
+
+def own_share(ours: str, tensor: Tensor, rank: int, ranks: int) -> Tensor:
+    """Rows are a view of the file, of which the other ranks' pages are never read."""
+    dim = SPLIT.get(ours.split(".")[-2]) if ours.startswith("layers.") else None
+    return tensor if dim is None else tensor.chunk(ranks, dim)[rank].contiguous()
+
+
+def add_up(model: ErnieVL) -> None:
+    """Every rank has computed a part of each sum over heads and widths: two all-reduces a layer make them whole."""
+    def total(module: nn.Module, given: tuple, part: Tensor) -> Tensor:
+        torch.distributed.all_reduce(part)
+        return part
+    for layer in model.layers:
+        layer.self_attn.register_forward_hook(total)
+        layer.mlp.register_forward_hook(total)
+
+
+# ------------------------------------------------------------------------------------------ 6. folder -> model
 def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None,
          progress: Callable = lambda done, all: None, quantize: str | None = None,
-         announce: Callable = lambda sentence: None) -> ErnieVL:
+         announce: Callable = lambda sentence: None, rank: int = 0, ranks: int = 1) -> ErnieVL:
     """The model of a folder, strictly: every parameter from a file, every tensor of the files used.
 
     dtype None keeps what is stored (fp16 becomes fp32: it would overflow). Routers and their biases are fp32 whatever is
     stored, as in training. quantize "int8" or "int4" rounds the decoder's weights, tensor by tensor, so that there is never
     more in memory than the small model and one tensor. announce(sentence) says how much memory it will take, before anything
-    is read, and progress(done, all) how many tensors are. Raises InputError, also where that memory is not free."""
+    is read, and progress(done, all) how many tensors are. With several ranks, which torch.distributed connects, each loads
+    its own share. Raises InputError, also where the memory is not free."""
     checkpoint = open_checkpoint(Path(folder))
     check_complete(checkpoint)
+    if ranks > 1:
+        shard(checkpoint, ranks)
+        add_up(checkpoint.model)
     layers = quantize_checkpoint(checkpoint, quantize) if quantize else checkpoint.quantized
     announce(check_memory(checkpoint, device, dtype))
     state: dict[str, Tensor] = {}
     for ours, tensor in read_tensors(checkpoint, progress):
+        tensor = own_share(ours, tensor, rank, ranks)
         if ours in layers:
             if quantize:
                 tensor, scale = layers[ours].quantize(tensor)
@@ -632,7 +673,7 @@ def check_complete(checkpoint: Checkpoint) -> None:
         raise InputError(f"{folder} does not fit its config.json: {first[0]}{rest}")
 
 
-# --------------------------------------------------------------------------------------------- 6. the summary
+# --------------------------------------------------------------------------------------------- 7. the summary
 def summary(checkpoint: Checkpoint) -> str:
     text, vision = checkpoint.cfg.text, checkpoint.cfg.vision
     dense, sparse = (text.mlp_layer_types.count(kind) for kind in ("dense", "sparse"))

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 TINY = Path(__file__).resolve().parent / "tiny"
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun sets them; rank 0 speaks
 
 
 # ----------------------------------------------------------------------------------------------- the command line
@@ -166,6 +167,27 @@ def pick_device(asked: str) -> str:
     return device
 
 
+def join_ranks(device: str) -> str:
+    """The device of this process of several that torchrun has started."""
+    if RANKS == 1:
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
+    if RANK:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    return device
+
+
+def shared(value):
+    """The first rank's value, on all of them."""
+    if RANKS > 1:
+        torch.distributed.broadcast_object_list(box := [value])
+        return box[0]
+    return value
+
+
 def check_output(path: Path | None) -> Path | None:
     """Before minutes of work, not after them. Only an ordinary file may be replaced, never a device or a folder."""
     path = path and path.resolve()
@@ -176,6 +198,8 @@ def check_output(path: Path | None) -> Path | None:
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """The file appears when it is complete; until then, and if that fails, whatever stood there stays."""
+    if RANK:
+        return
     check_output(path)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
@@ -360,6 +384,9 @@ def written(message: dict) -> dict:
 # -------------------------------------------------------------------------------------------------------- what to do
 def run(args: argparse.Namespace) -> None:
     clock, device, folder = Clock(), pick_device(args.device), find_folder(args.model)
+    device = join_ranks(device)
+    if RANKS > 1 and args.seed is None:
+        args.seed = shared(int.from_bytes(os.urandom(4), "big"))      # all ranks must draw the same tokens
     args.save_logits, args.boxes, args.out = map(check_output, (args.save_logits, args.boxes, args.out))
     tokenizer, requests = Tokenizer(folder), batch_lines(args) if args.batch else []
     messages, tools = question(args), read_request(read_text(args.tools), args.tools, "tools")["tools"] if args.tools else []
@@ -373,7 +400,7 @@ def run(args: argparse.Namespace) -> None:
     clock.lap("pictures")
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     progress = lambda done, all: say(f"loading {folder.name}: {100 * done // all} %", redraw=True)
-    model = load(folder, device, dtype, progress, args.quantize, announce=say)
+    model = load(folder, device, dtype, progress, args.quantize, say, RANK, RANKS)
     say(f"{folder.name} loaded on {device} in {clock.lap('load'):.1f} s")
     if sum(p.numel() for p in model.parameters()) < 1e7:
         torch.set_num_threads(1)        # so small a model is faster when threads need not wait for one another
@@ -464,11 +491,15 @@ def chat(assistant: Assistant, messages: list[dict]) -> None:
 
 def listen(prompt: str) -> str:
     """A line from the terminal. input() would write its prompt to stdout also where that is a file."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        return input(prompt)
-    if sys.stdin.isatty():
-        print(prompt, end="", file=sys.stderr, flush=True)
-    return input()
+    line = None
+    with contextlib.suppress(EOFError):
+        if sys.stdin.isatty() and not sys.stdout.isatty():
+            print(prompt, end="", file=sys.stderr, flush=True)
+            prompt = ""
+        line = None if RANK else input(prompt if sys.stdin.isatty() else "")
+    if (line := shared(line)) is None:
+        raise EOFError
+    return line
 
 
 def take_turn(assistant: Assistant, messages: list[dict]) -> None:
@@ -512,7 +543,7 @@ def batch_lines(args: argparse.Namespace) -> list[tuple[int, str]]:
 def batch(assistant: Assistant, requests: list[tuple[int, str]], out: Path | None) -> None:
     """A line of JSON for every request, and an error in it where one cannot be answered: the others are."""
     failed, own_tools = 0, assistant.tools
-    with open(out, "a", encoding="utf-8") if out else contextlib.nullcontext(sys.stdout) as file:
+    with open(out, "a", encoding="utf-8", errors="replace") if out and not RANK else contextlib.nullcontext(sys.stdout) as file:
         for i, (number, line) in enumerate(requests):
             assistant.clock = Clock()
             try:
@@ -562,5 +593,7 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
+    if RANKS > 1 and code == 0:
+        torch.distributed.destroy_process_group()
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # nothing is left to interrupt
     sys.exit(code)

@@ -51,6 +51,7 @@ torch.set_grad_enabled(False)
 torch.set_num_threads(1)      # the small model is 30 times slower when two threads wait for each other
 CPU = torch.device("cpu")
 REFERENCE = load_file(HERE / "reference" / "reference.safetensors")
+EXAMPLE = str(HERE / "examples" / "shapes.png")
 SOURCE = (HERE / "ernie_vl.py").read_text(encoding="utf-8")
 
 
@@ -810,6 +811,31 @@ def test_bf16_through_fp32_is_the_same_product(monkeypatch, tmp_path):
         assert kinds(dtype=torch.bfloat16) == {expected} and kinds() == {nn.Linear}
 
 
+def test_two_processes_compute_what_one_does(tmp_path):
+    """Half the heads and half the width of every expert each, over gloo; the first speaks, and reads its half of the file."""
+    def ask(*more: str) -> str:
+        command = [sys.executable, *more, "run.py", "--image", EXAMPLE]
+        two = subprocess.run([*command, "--save-logits", str(tmp_path / f"{len(more)}")], cwd=HERE, capture_output=True, text=True)
+        assert two.returncode == 0, two.stderr
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout
+    answers = [ask(), ask("-m", "torch.distributed.run", "--nproc-per-node", "2")]
+    one, two = (load_file(tmp_path / name)["logits"] for name in ("0", "4"))
+    assert answers[0] == answers[1] != "" and distance(one, two) < 3e-5 and one.abs().max() > 10
+
+
+def test_a_rank_holds_its_share(folders):
+    whole = load(folders["28b"]).state_dict()
+    shares = [load(folders["28b"], rank=rank, ranks=2).state_dict() for rank in range(2)]
+    for name, tensor in whole.items():
+        split = name.startswith("layers.") and "_proj" in name
+        dim = int(name.endswith(("o_proj.weight", "down_proj.weight")))
+        both = torch.cat([share[name] for share in shares], dim) if split else shares[1][name]
+        assert torch.equal(both, tensor), name
+    for ranks, words in ((3, r"3 processes cannot share num_attention_heads 4"), (4, "num_key_value_heads 2")):
+        with pytest.raises(InputError, match=words):
+            load(folders["28b"], ranks=ranks)
+
+
 # ---------------------------------------------------------------------- 6. tokenizer: a small vocabulary, made here
 WORDS = "Hello hello how Hey This is a test User: Assistant: Picture What kind of dog is this? Nice to meet you."
 
@@ -1380,7 +1406,6 @@ def test_the_zoom_refuses_what_is_no_box_in_a_sentence(box):
 
 
 # ------------------------------------------------------------------------------------------------------- 11. run.py
-EXAMPLE = str(HERE / "examples" / "shapes.png")
 
 
 def ask(capsys, *args: str) -> tuple[int, str, str]:
