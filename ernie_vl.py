@@ -20,6 +20,7 @@ There is no batch dimension: one conversation at a time. The model keeps no stat
 The released checkpoints come through `load_weights.py`; text and pictures become tensors in `tokenizer.py`.
 License: Apache-2.0. Technical report: https://ernie.baidu.com/blog/publication/ERNIE_Technical_Report.pdf
 """
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Iterator, NamedTuple
@@ -300,7 +301,7 @@ class Cache:
     def __init__(self, layers: int):
         self.layers, self.marks = [KVCache() for _ in range(layers)], []
 
-    def keep(self, marks: list[int]) -> int:
+    def keep(self, marks: list) -> int:
         """Forgets all but what a prompt with these marks begins with, and returns the length of that. The last token is
         never in it, since its logits are wanted; nor is half a picture: its tokens have one mark."""
         same = 0
@@ -488,13 +489,12 @@ class ErnieVL(nn.Module):
     def new_cache(self) -> Cache:
         return Cache(len(self.layers))
 
-    def marks(self, inputs: Inputs) -> list[int]:
-        """A number for every token, by which two prompts are compared: its id, or for a placeholder one that stands for
-        the whole picture. (hash is the same for the same bytes within one run of Python, and that is enough.)"""
+    def marks(self, inputs: Inputs) -> list:
+        """What two prompts are compared by, token by token: its id, or for a placeholder the whole picture's fingerprint."""
         marks, slots = inputs.ids.tolist(), is_placeholder(inputs.ids, self.cfg).nonzero().flatten()
         pictures = inputs.patches.cpu().split([*map(math.prod, inputs.grids)])
         for grid, picture, run in zip(inputs.grids, pictures, slots.split([math.prod(merged(g)) for g in inputs.grids])):
-            marks[run[0] : run[-1] + 1] = [hash((grid, picture.numpy().tobytes()))] * len(run)
+            marks[run[0] : run[-1] + 1] = [(grid, hashlib.sha1(picture.numpy()).digest())] * len(run)
         return marks
 
     def rest(self, inputs: Inputs, done: int) -> Inputs:

@@ -488,7 +488,7 @@ def shard(checkpoint: Checkpoint, ranks: int) -> None:
 def own_share(ours: str, tensor: Tensor, rank: int, ranks: int) -> Tensor:
     """Rows are a view of the file, of which the other ranks' pages are never read."""
     dim = SPLIT.get(ours.split(".")[-2]) if ours.startswith("layers.") else None
-    return tensor if dim is None else tensor.chunk(ranks, dim)[rank].contiguous()
+    return tensor if ranks == 1 or dim is None else tensor.chunk(ranks, dim)[rank].contiguous()
 
 
 def add_up(model: ErnieVL) -> None:

@@ -222,7 +222,8 @@ def read_request(text: str, where: str | Path, key: str = "messages") -> dict:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is no valid JSON ({error})") from None
-    value = value if isinstance(value, dict) else {key: value}
+    value = {"tools": [value]} if isinstance(value, dict) and "function" in value else value       # one tool alone
+    value = value if isinstance(value, dict) and key in value else {key: value}
     return {"messages": value.get("messages"), "tools": read_tools(value.get("tools") or [])}
 
 
@@ -231,17 +232,16 @@ class Printer:
     """Shows a reply while it comes: the answer plain, the reasoning dim in a terminal and elsewhere only when asked for."""
 
     def __init__(self, args: argparse.Namespace):
-        self.terminal = bool(sys.stdout) and sys.stdout.isatty()
+        self.terminal, self.zoom, self.last = bool(sys.stdout) and sys.stdout.isatty(), args.zoom, None
         self.hidden = set() if self.terminal or args.show_thinking else {"reasoning"}
-        self.last = None
 
     def show(self, kind: str, text: str) -> None:
-        if kind not in self.hidden and not (kind == "tool_call" and is_zoom(json.loads(text))):
+        if kind == "tool_call" and self.zoom and is_zoom(json.loads(text)):      # it is answered here; stderr tells of it
+            self.end() if self.last else None
+        elif kind not in self.hidden:
             if self.last and (kind != self.last or kind == "tool_call"):
                 print("\n\n" if self.last == "reasoning" else "\n", end="")
             print(f"\033[2m{text}\033[0m" if kind == "reasoning" and self.terminal else text, end="", flush=True)
-            self.last = kind
-        elif self.last:
             self.last = kind
 
     def end(self) -> None:
@@ -272,8 +272,6 @@ class Assistant:
     def answer(self, messages: list[dict], show: Callable) -> dict:
         """The next message. show(kind, text) is called with its parts as they come. Ctrl-C ends it early, and what is there
         stands."""
-        if not messages or messages[-1]["role"] not in ("user", "tool"):
-            raise InputError("the conversation asks nothing: let it end with a message of the user or the result of a tool")
         inputs = self.inputs(messages)
         self.prompt_tokens, self.media_tokens = len(inputs.ids), sum(math.prod(merged(grid)) for grid in inputs.grids)
         reply = Reply(self.tokenizer.begins_thinking(inputs.ids.tolist()))
@@ -305,6 +303,8 @@ class Assistant:
             calls = messages[-1].get("tool_calls", [])
             self.ended = "tool_calls" if calls and self.ended == "stop" else self.ended
             ours = self.args.zoom and calls and all(map(is_zoom, calls))
+            if ours and zooms > self.args.max_zooms:
+                say(f"the model asks to zoom again, and --max-zooms allows {self.args.max_zooms}")
             if not ours or zooms > self.args.max_zooms or self.ended == "interrupted":
                 return
             for call in calls:
@@ -352,6 +352,11 @@ def load_messages(messages: list[dict], folder: Path, args: argparse.Namespace, 
     return load_media(messages, folder, args.max_pixels, args.fps, args.max_frames, seen)
 
 
+def check_question(messages: list[dict]) -> None:
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise InputError("the conversation asks nothing: let it end with a message of the user or the result of a tool")
+
+
 def announce(media: Media) -> None:
     say(f"{short(media.source)} {media.note}")
 
@@ -395,8 +400,12 @@ def run(args: argparse.Namespace) -> None:
         messages, tools = request["messages"], tools + request["tools"]
     if messages or args.messages:
         messages = load_messages(messages, tokenizer.folder, args, announce)
+    if not args.chat and not args.batch:
+        check_question(messages)
     if args.boxes and not last_picture(messages):
         raise InputError("--boxes draws on a picture: give one with --image")
+    if args.boxes and args.boxes.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"{args.boxes} must end in .png, .jpg or .webp")
     clock.lap("pictures")
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     progress = lambda done, all: say(f"loading {folder.name}: {100 * done // all} %", redraw=True)
@@ -477,9 +486,10 @@ def chat(assistant: Assistant, messages: list[dict]) -> None:
             elif command.startswith("/"):
                 raise InputError(f"{command} is no command; these are: {COMMANDS}")
             elif line:
+                before = len(messages)
                 messages += assistant.read([{"role": "user", "content": [{"type": "text", "text": line}, *media]}])
                 take_turn(assistant, messages)
-                media = []
+                media = [] if len(messages) > before else media
         except InputError as error:
             say(f"error: {error}")
         except KeyboardInterrupt:
@@ -492,6 +502,8 @@ def chat(assistant: Assistant, messages: list[dict]) -> None:
 def listen(prompt: str) -> str:
     """A line from the terminal. input() would write its prompt to stdout also where that is a file."""
     line = None
+    if sys.stdin is None:
+        raise EOFError
     with contextlib.suppress(EOFError):
         if sys.stdin.isatty() and not sys.stdout.isatty():
             print(prompt, end="", file=sys.stderr, flush=True)
@@ -513,6 +525,8 @@ def take_turn(assistant: Assistant, messages: list[dict]) -> None:
             assistant.report()
             if assistant.ended != "tool_calls":
                 break
+            if assistant.args.zoom and all(map(is_zoom, messages[-1]["tool_calls"])):
+                break
             for call in messages[-1]["tool_calls"]:
                 result = listen(f"result of {call['function']['name']}> ")
                 messages += assistant.read([{"role": "tool", "tool_call_id": call["id"], "content": result}])
@@ -527,13 +541,16 @@ def take_turn(assistant: Assistant, messages: list[dict]) -> None:
 
 def batch_lines(args: argparse.Namespace) -> list[tuple[int, str]]:
     """The requests that --out has no line for yet, with their line numbers. A line of it that was not finished is dropped."""
-    lines, done = read_text(args.batch).splitlines(), set()
+    lines, done = read_text(args.batch).split("\n"), set()        # not splitlines: JSON may hold other ends of lines
     if args.out and args.out.exists():
         text = read_text(args.out)
         whole = text[: text.rfind("\n") + 1]
         try:
-            done = {json.loads(line)["line"] for line in whole.splitlines()}
+            done = {json.loads(line)["line"] for line in whole.split("\n")[:-1]}
+            ours = '{"line": '.startswith(text[len(whole) :][:9]) and args.out != args.batch.resolve()
         except (ValueError, TypeError, KeyError):
+            ours = False
+        if not ours:
             raise InputError(f"{args.out} was not written by --batch: name another file") from None
         if whole != text:
             write_whole(args.out, lambda path: path.write_text(whole, encoding="utf-8"))
@@ -549,13 +566,14 @@ def batch(assistant: Assistant, requests: list[tuple[int, str]], out: Path | Non
             try:
                 request = read_request(line, f"line {number}")
                 messages, assistant.tools = assistant.read(request["messages"]), own_tools + request["tools"]
+                check_question(messages)
                 assistant.clock.lap("pictures")
                 assistant.converse(messages)
                 if assistant.ended == "interrupted":
                     raise KeyboardInterrupt
                 reply = assistant.reply(messages)
-            except (InputError, MemoryError, RuntimeError) as error:
-                failed, reply = failed + 1, {"error": str(error) or "there is not enough memory for this"}
+            except Exception as error:      # whatever it is, the other requests are answered
+                failed, reply = failed + 1, {"error": str(error) or type(error).__name__}
             print(json.dumps({"line": number, **reply}, ensure_ascii=False), file=file, flush=True)
             say(f"{i + 1} of {len(requests)} requests, {failed} with an error", redraw=i + 1 < len(requests))
 
