@@ -579,12 +579,16 @@ def check_memory(checkpoint: Checkpoint, device: str, dtype: torch.dtype | None)
 
 
 def advice(checkpoint: Checkpoint, device: str, free: int) -> str:
-    if not checkpoint.quantized:
-        for kind in ("int8", "int4"):
-            smaller = open_checkpoint(checkpoint.folder)
+    """What would fit; torch computes the sizes on meta tensors."""
+    for kind in () if checkpoint.quantized else ("int8", "int4"):
+        smaller = open_checkpoint(checkpoint.folder)
+        try:
             quantize_checkpoint(smaller, kind)
-            if sum(p.nbytes if p.dtype != torch.float32 else 2 * p.numel() for p in smaller.model.state_dict().values()) < free:
-                return f"--quantize {kind} would fit"
+        except InputError:      # int4 does not divide its rows
+            continue
+        bytes_needed = sum(p.numel() * min(p.itemsize, 2) for p in smaller.model.state_dict().values())
+        if bytes_needed < free:
+            return f"--quantize {kind} would fit"
     return "--device cpu would map it from the disk, and be slow" if device != "cpu" else "it takes a larger machine"
 
 

@@ -792,10 +792,13 @@ def test_memory_is_announced_and_compared_before_anything_is_read(shapes_28b, tm
     assert said[None] == [f"{name} takes 35.4 MB of memory and 58.8 GB mapped from disk (24.0 GB are free on cpu), and 57.3 kB a token of context",
                           f"{name} needs 58.8 GB on cuda, and 24.0 GB are free: --quantize int4 would fit"]
     assert said["int4"][1] == f"{name} takes 17.2 GB of memory (24.0 GB are free on cuda), and 57.3 kB a token of context"
-    monkeypatch.setattr(load_weights, "mapped", None)                       # nothing may be read
-    monkeypatch.setattr(load_weights, "free_memory", lambda device: 2e9)
-    with pytest.raises(InputError, match="needs 117.6 GB on cpu, and 2.0 GB are free: it takes a larger machine"):
-        load(tmp_path, dtype=torch.float32)
+
+
+def test_too_large_a_model_is_refused_before_anything_is_read(folders, monkeypatch):
+    monkeypatch.setattr(load_weights, "mapped", None)
+    monkeypatch.setattr(load_weights, "free_memory", lambda device: 1000)
+    with pytest.raises(InputError, match=r"28b needs \d\.\d MB on cpu, and 1.0 kB are free: it takes a larger machine"):
+        load(folders["28b"], dtype=torch.bfloat16)
 
 
 def test_bf16_through_fp32_is_the_same_product(monkeypatch, tmp_path):
@@ -811,16 +814,14 @@ def test_bf16_through_fp32_is_the_same_product(monkeypatch, tmp_path):
         assert kinds(dtype=torch.bfloat16) == {expected} and kinds() == {nn.Linear}
 
 
-def test_two_processes_compute_what_one_does(tmp_path):
-    """Half the heads and half the width of every expert each, over gloo; the first speaks, and reads its half of the file."""
-    def ask(*more: str) -> str:
-        command = [sys.executable, *more, "run.py", "--image", EXAMPLE]
-        two = subprocess.run([*command, "--save-logits", str(tmp_path / f"{len(more)}")], cwd=HERE, capture_output=True, text=True)
-        assert two.returncode == 0, two.stderr
-        return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout
-    answers = [ask(), ask("-m", "torch.distributed.run", "--nproc-per-node", "2")]
-    one, two = (load_file(tmp_path / name)["logits"] for name in ("0", "4"))
-    assert answers[0] == answers[1] != "" and distance(one, two) < 3e-5 and one.abs().max() > 10
+def test_two_processes_compute_what_one_does(tmp_path, capsys):
+    """Half the heads and half the width of every expert each, over gloo; the first speaks."""
+    two = lambda *more: subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "run.py", "--image", EXAMPLE, *more],
+                                       cwd=HERE, capture_output=True, text=True).stdout
+    assert two() == ask(capsys, "--image", EXAMPLE)[1] != ""
+    assert two("--save-logits", str(tmp_path / "two")) == "" and ask(capsys, "--image", EXAMPLE, "--save-logits", str(tmp_path / "one"))[0] == 0
+    one, two = (load_file(tmp_path / name)["logits"] for name in ("one", "two"))
+    assert distance(one, two) < 3e-5 and one.abs().max() > 10
 
 
 def test_a_rank_holds_its_share(folders):
