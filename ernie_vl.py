@@ -20,6 +20,7 @@ There is no batch dimension: one conversation at a time. The model keeps no stat
 The released checkpoints come through `load_weights.py`; text and pictures become tensors in `tokenizer.py`.
 License: Apache-2.0. Technical report: https://ernie.baidu.com/blog/publication/ERNIE_Technical_Report.pdf
 """
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Iterator, NamedTuple
@@ -33,6 +34,8 @@ SPATIAL_MERGE = 2       # the resampler joins 2 x 2 patches, so picture sides ar
 TEMPORAL_MERGE = 2      # ... and then 2 consecutive frames of a clip
 LAYER_NORM_EPS = 1e-6   # of the ViT and the resampler; the decoder's RMSNorms have their own, from the config
 VISION_ROPE_THETA = 10_000.0
+CHUNK = 2048            # tokens of a prompt that go through the decoder at a time
+VIT_BATCH = 32_768      # patches that go through the ViT at a time; the largest picture has 24,708
 
 
 class InputError(ValueError):
@@ -298,7 +301,7 @@ class Cache:
     def __init__(self, layers: int):
         self.layers, self.marks = [KVCache() for _ in range(layers)], []
 
-    def keep(self, marks: list[int]) -> int:
+    def keep(self, marks: list) -> int:
         """Forgets all but what a prompt with these marks begins with, and returns the length of that. The last token is
         never in it, since its logits are wanted; nor is half a picture: its tokens have one mark."""
         same = 0
@@ -457,40 +460,50 @@ class ErnieVL(nn.Module):
         `inputs` are then the tokens that follow what it holds, with positions that go on counting (see `rest`)."""
         x = self.embed(inputs)                                                             # (T, D)
         angles = rope_angles(inputs.positions, self.cfg.text)[:, None]                     # (T, 1, d/2)  for all layers
-        cos, sin = angles.cos(), angles.sin()
-        for layer, kv in zip(self.layers, cache.layers if cache else [None] * len(self.layers), strict=True):
-            x = layer(x, cos, sin, inputs.is_vision, kv)                                   # (T, D)
+        # a long prompt goes through the layers in chunks, so that what they need beside the cache does not grow with it
+        chunks, out = (y.split(CHUNK if cache else len(x)) for y in (x, angles.cos(), angles.sin(), inputs.is_vision)), []
+        for x, cos, sin, is_vision in zip(*chunks):
+            for layer, kv in zip(self.layers, cache.layers if cache else [None] * len(self.layers), strict=True):
+                x = layer(x, cos, sin, is_vision, kv)                                      # (T, D)
+            out.append(x)
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(self.norm(x[-1:] if only_last else x), head.weight)
+        return F.linear(self.norm(out[-1][-1:] if only_last else torch.cat(out)), head.weight)
 
     def embed(self, inputs: Inputs) -> Tensor:                                             # -> (T, D)
         """Embeddings of the tokens, with the placeholders' rows overwritten by what the pictures look like."""
         x = self.embed_tokens(inputs.ids)                                                  # (T, D)
         if inputs.grids:
-            features = self.resampler_model(self.vision_model(inputs.patches, inputs.grids), inputs.grids)
-            x[is_placeholder(inputs.ids, self.cfg)] = features.type_as(x)
+            x[is_placeholder(inputs.ids, self.cfg)] = self.see(inputs.patches, inputs.grids).type_as(x)
         return x
+
+    def see(self, patches: Tensor, grids: list[tuple]) -> Tensor:                          # (N, P) -> (tokens, D)
+        """Pictures, and pairs of frames of a clip, do not see one another, so they go through in batches of about one large
+        picture, and a long clip needs no more memory than that."""
+        pairs = [(min(t, TEMPORAL_MERGE), h, w) for t, h, w in grids for _ in range(max(1, t // TEMPORAL_MERGE))]
+        count = max(1, VIT_BATCH // max(map(math.prod, pairs)))
+        batches = [pairs[i : i + count] for i in range(0, len(pairs), count)]
+        sizes = [sum(map(math.prod, batch)) for batch in batches]
+        return torch.cat([self.resampler_model(self.vision_model(x, batch), batch)
+                          for x, batch in zip(patches.split(sizes), batches)])
 
     def new_cache(self) -> Cache:
         return Cache(len(self.layers))
 
-    def marks(self, inputs: Inputs) -> list[int]:
-        """A number for every token, by which two prompts are compared: its id, or for a placeholder one that stands for
-        the whole picture. (hash is the same for the same bytes within one run of Python, and that is enough.)"""
+    def marks(self, inputs: Inputs) -> list:
+        """What two prompts are compared by, token by token: its id, or for a placeholder the whole picture's fingerprint."""
         marks, slots = inputs.ids.tolist(), is_placeholder(inputs.ids, self.cfg).nonzero().flatten()
-        pictures = inputs.patches.cpu().split([t * h * w for t, h, w in inputs.grids])
+        pictures = inputs.patches.cpu().split([*map(math.prod, inputs.grids)])
         for grid, picture, run in zip(inputs.grids, pictures, slots.split([math.prod(merged(g)) for g in inputs.grids])):
-            marks[run[0] : run[-1] + 1] = [hash((grid, picture.numpy().tobytes()))] * len(run)
+            marks[run[0] : run[-1] + 1] = [(grid, hashlib.sha1(picture.numpy()).digest())] * len(run)
         return marks
 
     def rest(self, inputs: Inputs, done: int) -> Inputs:
         """What is left of a prompt whose first `done` tokens a cache holds, and the pictures that stand in it."""
-        left, grids = int(is_placeholder(inputs.ids[done:], self.cfg).sum()), []
-        while sum(math.prod(merged(grid)) for grid in grids) < left:
-            grids.insert(0, inputs.grids[-1 - len(grids)])
-        rows = sum(math.prod(grid) for grid in grids)
-        return Inputs(inputs.ids[done:], inputs.positions[:, done:], inputs.is_vision[done:],
-                      inputs.patches[len(inputs.patches) - rows :], grids)
+        left, grids = is_placeholder(inputs.ids[done:], self.cfg).sum(), list(inputs.grids)
+        while sum(math.prod(merged(grid)) for grid in grids) > left:
+            grids.pop(0)
+        patches = inputs.patches[len(inputs.patches) - sum(map(math.prod, grids)) :]
+        return Inputs(inputs.ids[done:], inputs.positions[:, done:], inputs.is_vision[done:], patches, grids)
 
     def prepare(self, ids: list[int], patches: Tensor | None = None, grids: list[tuple] = (),
                 position_rule: str = "official") -> Inputs:

@@ -1,6 +1,8 @@
 """Checkpoint folder -> model: config.json and *.safetensors, memory-mapped, strict.
 
-    python load_weights.py FOLDER     checks a folder and prints what it holds; config.json and the index are enough
+    python load_weights.py FOLDER                              checks a folder and prints what it holds and needs; config.json
+                                                               and the index are enough
+    python load_weights.py FOLDER --quantize int4 --save OUT   writes a smaller copy, which loads like any other folder
 
 Reads the released "-PT" checkpoints of ERNIE-4.5-VL (28B-A3B, 28B-A3B-Thinking, 424B-A47B), of the text-only relatives
 (21B-A3B, 300B-A47B, 0.3B), and whatever transformers saves of them. On the CPU, a tensor in its stored dtype is mapped
@@ -19,14 +21,18 @@ import functools
 import json
 import math
 import re
+import shutil
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from ernie_vl import PATCH, SPATIAL_MERGE, TEMPORAL_MERGE, Config, ErnieVL, InputError, TextConfig, VisionConfig
 
@@ -204,7 +210,9 @@ TABLE = [
     ("layers.{l}.mlp.{x}_moe.experts.{e}.down_proj.weight",   "layers.{l}.mlp.{x}_moe.experts.down_proj",           expert),
 ]
 PATTERNS = [(re.compile(re.sub(r"\\{(\w)\\}", r"(?P<\1>[^.]+)", re.escape(ours))), theirs, take) for ours, theirs, take in TABLE]
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
+INDEX = "model.safetensors.index.json"
+SHARD = 4 << 30                         # bytes of a file of a quantised copy, about
 LEFT_OUT = re.compile(r"(^|\.)mtp")     # heads that predict several tokens ahead: training leftovers
 
 
@@ -232,7 +240,92 @@ def candidates(ours: str, experts: int) -> Iterator[tuple[str, Callable, int]]:
     yield ours, whole, 0
 
 
-# ----------------------------------------------------------------------------------- 3. a folder and its problems
+# --------------------------------------------------------------------------------------------------- 3. quantising
+GROUPS = 128, 64, 32, 16      # so many weights of a row share a scale in int4: the most of these that divide the row
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weights are whole numbers. int8: a scale for every row. int4: two weights in a byte, the first in
+    the low bits, and for every group along a row a scale and an offset: weight = (number - 8) * scale + offset. It computes
+    in bf16, with torch's own kernels on a CPU; elsewhere the weights are written out for every product."""
+
+    def __init__(self, columns: int, rows: int, kind: str, name: str = "a layer"):
+        super().__init__()
+        self.kind, self.in_features, self.packed = kind, columns, False
+        if kind == "int8":
+            weight, scale = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, dtype=torch.bfloat16)
+        else:
+            self.group = next((group for group in GROUPS if columns % group == 0), 0)
+            if not self.group:
+                raise InputError(f"{name} has rows of {columns} weights, which int4 cannot divide into groups of {GROUPS[-1]}: use int8")
+            weight = torch.empty(rows, columns // 2, dtype=torch.uint8)
+            scale = torch.empty(columns // self.group, rows, 2, dtype=torch.bfloat16)
+        self.weight, self.scale = nn.Parameter(weight, requires_grad=False), nn.Parameter(scale, requires_grad=False)
+
+    def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows, columns) -> the whole numbers and their scales. These are rounded to bf16 before they are used."""
+        weight = weight.float()
+        if self.kind == "int8":
+            scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
+            return (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+        groups = weight.unflatten(1, (-1, self.group))
+        low, high = groups.amin(-1), groups.amax(-1)
+        scale = ((high - low) / 15).clamp(min=1e-12).bfloat16()
+        offset = (low + 8 * scale.float()).bfloat16()
+        number = ((groups - offset.float()[..., None]) / scale.float()[..., None] + 8).round().clamp(0, 15)
+        number = number.to(torch.uint8).flatten(1)
+        return number[:, 0::2] | number[:, 1::2] << 4, torch.stack((scale, offset), -1).transpose(0, 1).contiguous()
+
+    def numbers(self, weight: Tensor) -> Tensor:
+        return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1) if self.kind == "int4" else weight
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """int4 as the CPU's kernel wants it, which depends on the CPU; it knows no groups of 16."""
+        self.packed = self.kind == "int4" and self.group >= 32 and weight.device.type == "cpu"
+        return torch._convert_weight_to_int4pack_for_cpu(self.numbers(weight).int(), 1) if self.packed else weight
+
+    def dequantized(self) -> Tensor:                                                        # -> (rows, columns)
+        number = self.numbers(self.weight).bfloat16()
+        if self.kind == "int8":
+            return number * self.scale[:, None]
+        scale, offset = self.scale.transpose(0, 1)[..., None].unbind(2)
+        return ((number.unflatten(1, (-1, self.group)) - 8) * scale + offset).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:                                                 # (T, columns) -> (T, rows)
+        y = x.bfloat16().contiguous()
+        if self.packed:
+            y = torch._weight_int4pack_mm_for_cpu(y, self.weight, self.group, self.scale)
+        elif self.kind == "int8" and x.device.type == "cpu":
+            y = torch._weight_int8pack_mm(y, self.weight, self.scale)
+        else:
+            y = F.linear(y, self.dequantized())
+        return y.type_as(x)
+
+
+class ThroughFP32(nn.Linear):
+    """A bf16 layer on a CPU without bf16 instructions, which most laptops have: from 4 rows on its products are faster in
+    fp32, the weights' conversion included (7 times at 64 rows, measured with AVX2), and no less exact."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) < 4:
+            return super().forward(x)
+        return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float()).type_as(x)
+
+
+def quantize_layers(model: ErnieVL, kind: str) -> dict[str, QuantizedLinear]:
+    """Puts a QuantizedLinear in place of every linear layer of the decoder, and returns them by the name of their weight.
+    Router, norms, embedding, head and the whole vision part stay as they are."""
+    linears = {name: module for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)}
+    out = {}
+    for name, linear in linears.items():
+        small = QuantizedLinear(linear.in_features, linear.out_features, kind, f"layers.{name}")
+        parent, _, last = name.rpartition(".")
+        setattr(model.layers.get_submodule(parent), last, small)
+        out[f"layers.{name}.weight"] = small
+    return out
+
+
+# ----------------------------------------------------------------------------------- 4. a folder and its problems
 @dataclass
 class Checkpoint:
     folder: Path
@@ -243,6 +336,7 @@ class Checkpoint:
     missing: list[str]                   # ours
     surplus: list[str]                   # theirs
     wrong_shape: dict[str, str]          # ours: what the file gives instead
+    quantized: dict[str, QuantizedLinear]        # the layers that are stored as whole numbers, by their weight's name
 
     def problems(self, most: int) -> list[str]:
         shape = {name: tuple(parameter.shape) for name, parameter in self.model.state_dict().items()}
@@ -292,7 +386,7 @@ def read_json(path: Path, absent: dict | None = None) -> dict:
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a folder by its name without prefixes: from the files' headers, or from the index alone where a file
     is not there (yet)."""
-    index, found = folder / "model.safetensors.index.json", {}
+    index, found = folder / INDEX, {}
     if index.is_file():
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) and Path(file).name == file for file in files.values()):
@@ -332,54 +426,233 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise InputError(f"{folder} holds a -Paddle checkpoint: download the one whose name ends in -PT instead")
     with torch.device("meta"):
         model = ErnieVL(cfg)
+        quantized = quantize_layers(model, stored_kind(raw)) if "quantization_config" in raw else {}
     sources, wrong_shape, parameters = {}, {}, model.state_dict()
     for ours, parameter in parameters.items():
         for theirs, take, e in candidates(ours, cfg.text.moe_num_experts):
             if theirs in stored:
                 sources[ours] = Source(stored[theirs], take, e)
-                if given := misfit(sources[ours], parameter.shape, cfg):
+                if given := misfit(sources[ours], parameter, cfg):
                     wrong_shape[ours] = given
                 break
     used = {source.stored.name for source in sources.values()}
     used |= {"lm_head.weight"} if cfg.text.tie_word_embeddings else set()       # may be stored all the same
     missing = [ours for ours in parameters if ours not in sources]
     surplus = [s.name for s in stored.values() if s.name not in used]
-    return Checkpoint(folder, raw["model_type"], cfg, model, sources, missing, surplus, wrong_shape)
+    return Checkpoint(folder, raw["model_type"], cfg, model, sources, missing, surplus, wrong_shape, quantized)
 
 
-def misfit(source: Source, shape: torch.Size, cfg: Config) -> str | None:
+def stored_kind(raw: dict) -> str:
+    kind = raw["quantization_config"]
+    kind = kind.get("quant_method") if isinstance(kind, dict) else kind
+    if kind not in ("int8", "int4"):
+        raise InputError(f"config.json says that the weights are quantised by {kind!r}, which is not supported: take the "
+                         "checkpoint as it was released, and --quantize int8 or int4")
+    return kind
+
+
+def misfit(source: Source, parameter: Tensor, cfg: Config) -> str | None:
     """What a file gives where another shape or a number type of ours is needed; None when it fits or is not there yet."""
     stored = source.stored
     if stored.shape is None:
         return None
-    if stored.dtype not in DTYPES:
+    if stored.dtype not in DTYPES or DTYPES[stored.dtype].is_floating_point != parameter.dtype.is_floating_point:
         return f"{stored.name} is stored as {stored.dtype}, of which nothing is known here"
     try:
         found = source.take(torch.empty(stored.shape, device="meta"), source.expert, cfg).shape
     except (IndexError, RuntimeError):      # it cannot even be cut like this
         found = stored.shape
-    return None if found == shape else f"{stored.name} gives {tuple(found)}"
+    return None if found == parameter.shape else f"{stored.name} gives {tuple(found)}"
 
 
-# ------------------------------------------------------------------------------------------ 4. folder -> model
+# ------------------------------------------------------------------------------- 5. one model on several devices
+SPLIT = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0, "o_proj": 1, "down_proj": 1}    # along which dimension
+
+
+def shard(checkpoint: Checkpoint, ranks: int) -> None:
+    """Gives the model the shapes of one process of several: each has a share of the attention heads and of the width of
+    every MLP, routed experts included. Embedding, head and the vision part are whole everywhere."""
+    if checkpoint.quantized:
+        raise InputError(f"{checkpoint.folder} is quantised, and cannot be cut: share the original out, with --quantize")
+    text, smaller = checkpoint.cfg.text, {}
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size"):
+        value = getattr(text, name)
+        widths = value if isinstance(value, tuple) else (value,)
+        if any(width % ranks for width in widths):
+            raise InputError(f"{ranks} processes cannot share {name} {value} among them: take a number that divides it")
+        smaller[name] = tuple(width // ranks for width in widths) if isinstance(value, tuple) else value // ranks
+    with torch.device("meta"):
+        checkpoint.model = ErnieVL(replace(checkpoint.cfg, text=replace(text, **smaller)))
+
+
+def own_share(ours: str, tensor: Tensor, rank: int, ranks: int) -> Tensor:
+    """Rows are a view of the file, of which the other ranks' pages are never read."""
+    dim = SPLIT.get(ours.split(".")[-2]) if ours.startswith("layers.") else None
+    return tensor if ranks == 1 or dim is None else tensor.chunk(ranks, dim)[rank].contiguous()
+
+
+def add_up(model: ErnieVL) -> None:
+    """Every rank has computed a part of each sum over heads and widths: two all-reduces a layer make them whole."""
+    def total(module: nn.Module, given: tuple, part: Tensor) -> Tensor:
+        torch.distributed.all_reduce(part)
+        return part
+    for layer in model.layers:
+        layer.self_attn.register_forward_hook(total)
+        layer.mlp.register_forward_hook(total)
+
+
+# ------------------------------------------------------------------------------------------ 6. folder -> model
 def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None,
-         progress: Callable = lambda done, all: None) -> ErnieVL:
+         progress: Callable = lambda done, all: None, quantize: str | None = None,
+         announce: Callable = lambda sentence: None, rank: int = 0, ranks: int = 1) -> ErnieVL:
     """The model of a folder, strictly: every parameter from a file, every tensor of the files used.
 
     dtype None keeps what is stored (fp16 becomes fp32: it would overflow). Routers and their biases are fp32 whatever is
-    stored, as in training. progress(done, all) is called now and then with numbers of tensors. Raises InputError."""
+    stored, as in training. quantize "int8" or "int4" rounds the decoder's weights, tensor by tensor, so that there is never
+    more in memory than the small model and one tensor. announce(sentence) says how much memory it will take, before anything
+    is read, and progress(done, all) how many tensors are. With several ranks, which torch.distributed connects, each loads
+    its own share. Raises InputError, also where the memory is not free."""
     checkpoint = open_checkpoint(Path(folder))
     check_complete(checkpoint)
-    storage = functools.cache(lambda file: torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size))
+    if ranks > 1:
+        shard(checkpoint, ranks)
+        add_up(checkpoint.model)
+    layers = quantize_checkpoint(checkpoint, quantize) if quantize else checkpoint.quantized
+    announce(check_memory(checkpoint, device, dtype))
     state: dict[str, Tensor] = {}
-    for ours, (stored, take, e) in checkpoint.sources.items():
-        tensor = take(mapped(storage(stored.file), stored), e, checkpoint.cfg)
-        wanted = dtype or (torch.float32 if tensor.dtype == torch.float16 else tensor.dtype)
-        state[ours] = tensor.to(device, torch.float32 if "_moe.gate." in ours else wanted)
-        if len(state) % 100 == 0:
-            progress(len(state), len(checkpoint.sources))
+    for ours, tensor in read_tensors(checkpoint, progress):
+        tensor = own_share(ours, tensor, rank, ranks)
+        if ours in layers:
+            if quantize:
+                tensor, scale = layers[ours].quantize(tensor)
+                state[scale_of(ours)] = scale.to(device)
+            state[ours] = layers[ours].pack(tensor.to(device))
+        else:
+            state[ours] = tensor.to(device, wanted_dtype(ours, tensor.dtype, dtype))
     checkpoint.model.load_state_dict(state, strict=True, assign=True)
+    if device == "cpu" and not has_bf16_products():
+        for module in checkpoint.model.modules():
+            if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
+                module.__class__ = ThroughFP32
     return checkpoint.model.eval()
+
+
+def has_bf16_products() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def read_tensors(checkpoint: Checkpoint, progress: Callable) -> Iterator[tuple[str, Tensor]]:
+    """Our parameters one by one, mapped from the files."""
+    storage = functools.cache(lambda file: torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size))
+    for i, (ours, (stored, take, e)) in enumerate(checkpoint.sources.items(), 1):
+        yield ours, take(mapped(storage(stored.file), stored), e, checkpoint.cfg)
+        if i % 100 == 0:
+            progress(i, len(checkpoint.sources))
+
+
+def wanted_dtype(ours: str, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    if "_moe.gate." in ours:
+        return torch.float32
+    if ours.endswith(".scale"):
+        return torch.bfloat16
+    return asked or (torch.float32 if stored == torch.float16 else stored)
+
+
+def check_memory(checkpoint: Checkpoint, device: str, dtype: torch.dtype | None) -> str:
+    """A sentence about the memory that the weights will take, or InputError if so much is not free. What a CPU can use as it
+    stands in the file is mapped, and takes none of its own."""
+    text, own, mapped = checkpoint.cfg.text, 0, 0
+    for ours, parameter in checkpoint.model.state_dict().items():
+        source = checkpoint.sources.get(ours)
+        stored = DTYPES[source.stored.dtype] if source else None                       # a scale that is made while loading
+        wanted = wanted_dtype(ours, stored, dtype) if parameter.is_floating_point() else parameter.dtype
+        if device == "cpu" and wanted == stored != torch.uint8:                        # int4 is packed anew
+            mapped += parameter.numel() * wanted.itemsize
+        else:
+            own += parameter.numel() * wanted.itemsize
+    token = 2 * len(text.mlp_layer_types) * text.num_key_value_heads * text.head_dim * (dtype or torch.bfloat16).itemsize
+    free = free_memory(device)
+    if own > free:
+        raise InputError(f"{checkpoint.folder.name} needs {size(own)} on {device}, and {size(free)} are free: {advice(checkpoint, device, free)}")
+    parts = [f"{size(own)} of memory"] * (own > 0) + [f"{size(mapped)} mapped from disk"] * (mapped > 0)
+    return f"{checkpoint.folder.name} takes {' and '.join(parts)} ({size(free)} are free on {device}), and {size(token)} a token of context"
+
+
+def advice(checkpoint: Checkpoint, device: str, free: int) -> str:
+    """What would fit; torch computes the sizes on meta tensors."""
+    for kind in () if checkpoint.quantized else ("int8", "int4"):
+        smaller = open_checkpoint(checkpoint.folder)
+        try:
+            quantize_checkpoint(smaller, kind)
+        except InputError:      # int4 does not divide its rows
+            continue
+        bytes_needed = sum(p.numel() * min(p.itemsize, 2) for p in smaller.model.state_dict().values())
+        if bytes_needed < free:
+            return f"--quantize {kind} would fit"
+    return "--device cpu would map it from the disk, and be slow" if device != "cpu" else "it takes a larger machine"
+
+
+def size(count: float) -> str:
+    power = 3 if count >= 1e9 else 2 if count >= 1e6 else 1
+    return f"{count / 1000**power:,.1f} {' kMG'[power]}B"
+
+
+def free_memory(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info()[0]
+    if device == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    try:        # Linux knows what it could make free; elsewhere all that is built in counts
+        return next(1024 * int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 60
+
+
+def scale_of(weight: str) -> str:
+    return f"{weight.removesuffix('weight')}scale"
+
+
+def quantize_checkpoint(checkpoint: Checkpoint, kind: str) -> dict[str, QuantizedLinear]:
+    if checkpoint.quantized:
+        raise InputError(f"{checkpoint.folder} is quantised already: load it without --quantize")
+    with torch.device("meta"):
+        return quantize_layers(checkpoint.model, kind)
+
+
+def save_quantized(folder: Path, kind: str, out: Path, progress: Callable = lambda done, all: None) -> None:
+    """Writes a quantised copy of a checkpoint folder, which appears when it is complete. Raises InputError."""
+    checkpoint, out = open_checkpoint(folder), out.resolve()
+    check_complete(checkpoint)
+    layers = quantize_checkpoint(checkpoint, kind)
+    if out.exists():
+        raise InputError(f"{out} is there already: name a folder that is not")
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent} is no folder: make it first")
+    room, wanted = shutil.disk_usage(out.parent).free, sum(p.nbytes for p in checkpoint.model.state_dict().values())
+    if room < 1.05 * wanted:
+        raise InputError(f"{out} would take {size(wanted)}, and {size(room)} are free there")
+    files, shard = {}, {}
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".unfinished-") as unfinished:
+        def flush() -> None:
+            name = f"model-{1 + len(set(files.values())):05d}.safetensors"
+            save_file(shard, Path(unfinished) / name, metadata={"format": "pt"})
+            files.update(dict.fromkeys(shard, name))
+            shard.clear()
+        for ours, tensor in read_tensors(checkpoint, progress):
+            if ours in layers:
+                shard[ours], shard[scale_of(ours)] = layers[ours].quantize(tensor)
+            else:
+                shard[ours] = tensor.contiguous()
+            if sum(t.nbytes for t in shard.values()) > SHARD:
+                flush()
+        flush()
+        for file in folder.iterdir():        # the tokenizer and its neighbours
+            if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".ttf", ".txt", ".md") and file.name != INDEX:
+                shutil.copy(file, unfinished)
+        raw = read_json(folder / "config.json") | {"quantization_config": {"quant_method": kind}}
+        (Path(unfinished) / "config.json").write_text(json.dumps(raw, indent=1))
+        (Path(unfinished) / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}, indent=1))
+        os.rename(unfinished, out)
 
 
 def mapped(storage: torch.UntypedStorage, stored: Stored) -> Tensor:
@@ -404,13 +677,15 @@ def check_complete(checkpoint: Checkpoint) -> None:
         raise InputError(f"{folder} does not fit its config.json: {first[0]}{rest}")
 
 
-# --------------------------------------------------------------------------------------------- 5. the summary
+# --------------------------------------------------------------------------------------------- 7. the summary
 def summary(checkpoint: Checkpoint) -> str:
     text, vision = checkpoint.cfg.text, checkpoint.cfg.vision
     dense, sparse = (text.mlp_layer_types.count(kind) for kind in ("dense", "sparse"))
     stored = {source.stored.name: source.stored for source in checkpoint.sources.values()}.values()
     files = {s.file for s in stored}
-    here, size = [f for f in files if f.is_file()], sum(p.numel() for p in checkpoint.model.state_dict().values())
+    here, total = [f for f in files if f.is_file()], sum(p.numel() for p in checkpoint.model.state_dict().values())
+    for layer in checkpoint.quantized.values():
+        total += layer.in_features * len(layer.weight) - layer.weight.numel() - layer.scale.numel()
     kinds = zip(("text", "vision"), text.moe_intermediate_size)
     experts = " + ".join(f"{text.moe_num_experts} {kind} of width {width}" for kind, width in kinds)
     rows = {
@@ -419,7 +694,7 @@ def summary(checkpoint: Checkpoint) -> str:
                    f"{text.num_attention_heads} query and {text.num_key_value_heads} key heads of {text.head_dim}",
         "experts": f"{experts} a layer, {text.moe_k} chosen, {text.moe_num_shared_experts} shared" if sparse else "none",
         "vision": f"{vision.depth} blocks, width {vision.hidden_size}" if vision else "none",
-        "parameters": f"{size:,} ({size / 1e9:.2f} B)" if size > 1e8 else f"{size:,}",
+        "parameters": f"{total:,} ({total / 1e9:.2f} B)" if total > 1e8 else f"{total:,}",
         "files": f"{len(here)} of {len(files)} here, {sum(os.path.getsize(f) for f in here):,} bytes, "
                  f"{', '.join(sorted({s.dtype for s in stored if s.dtype})) or 'types and shapes not known yet'}",
         "tensors": f"{len(stored):,} stored and known, {len(checkpoint.missing):,} missing, {len(checkpoint.surplus):,} left "
@@ -429,13 +704,22 @@ def summary(checkpoint: Checkpoint) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Check a checkpoint folder and print what it holds.")
+    parser = argparse.ArgumentParser(description="Check a checkpoint folder and print what it holds, or write a quantised copy.")
     parser.add_argument("folder", help="a folder with config.json and weights (or their index), or a hub id in the local cache")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="round the decoder's weights to 8 or 4 bits; with --save")
+    parser.add_argument("--save", metavar="OUT", type=Path, help="the folder to write; it must not exist yet")
     parser.error = lambda message: parser.exit(2, f"error: {message} (python load_weights.py --help)\n")
+    args = parser.parse_args()
+    if bool(args.quantize) != bool(args.save):
+        parser.error("--quantize and --save OUT go together: run.py --quantize needs no copy")
     try:
-        checkpoint = open_checkpoint(find_folder(parser.parse_args().folder))
+        folder = find_folder(args.folder)
+        if args.save:
+            save_quantized(folder, args.quantize, args.save, lambda done, all: print(f"{done:,} of {all:,} tensors", file=sys.stderr))
+            folder = args.save
+        checkpoint = open_checkpoint(folder)
         print("\n".join([summary(checkpoint), *checkpoint.problems(20)]), flush=True)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 2 if checkpoint.problems(1) else 0

@@ -26,9 +26,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 TINY = Path(__file__).resolve().parent / "tiny"
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun sets them; rank 0 speaks
 
 
 # ----------------------------------------------------------------------------------------------- the command line
@@ -85,6 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", metavar="FOLDER", default=str(TINY), help="a checkpoint folder, or a hub id in the local Hugging Face cache "
         "(default: the bundled tiny/, which knows coloured shapes)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes cuda, then mps, then cpu")
+    add("--quantize", choices=("int8", "int4"), help="round the decoder's weights while loading: half or a third of the memory")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto keeps what the checkpoint stores")
     add = parser.add_argument_group("how to answer").add_argument
     add("--max-new-tokens", metavar="N", type=at_least(1, int), default=1024, help="longest answer (default: %(default)s)")
@@ -119,14 +121,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse(None)     # --help and wrong options are answered at once, and not after the second that torch takes to load
 
-import torch                                                                                                     # noqa: E402
-from safetensors import SafetensorError                                                                          # noqa: E402
-from safetensors.torch import save_file                                                                          # noqa: E402
+try:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-from ernie_vl import ErnieVL, Inputs, InputError, generate, merged                                               # noqa: E402
-from load_weights import find_folder, load                                                                       # noqa: E402
-from tokenizer import (ZOOM_TOOL, Box, Media, Reply, Stream, Tokenizer, crop, draw_boxes, encode_chat,           # noqa: E402
-                       find_boxes, load_media, read_tools, short)
+    from ernie_vl import ErnieVL, InputError, Inputs, generate, merged
+    from load_weights import find_folder, load
+    from tokenizer import (ZOOM_TOOL, Box, Media, Reply, Tokenizer, crop, draw_boxes, encode_chat, find_boxes, load_media,
+                           read_tools, short)
+except ModuleNotFoundError as missing:
+    print(f"error: the package {missing.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 
 # ------------------------------------------------------------------------------------------------------- small parts
@@ -161,6 +167,27 @@ def pick_device(asked: str) -> str:
     return device
 
 
+def join_ranks(device: str) -> str:
+    """The device of this process of several that torchrun has started."""
+    if RANKS == 1:
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
+    if RANK:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    return device
+
+
+def shared(value):
+    """The first rank's value, on all of them."""
+    if RANKS > 1:
+        torch.distributed.broadcast_object_list(box := [value])
+        return box[0]
+    return value
+
+
 def check_output(path: Path | None) -> Path | None:
     """Before minutes of work, not after them. Only an ordinary file may be replaced, never a device or a folder."""
     path = path and path.resolve()
@@ -171,6 +198,8 @@ def check_output(path: Path | None) -> Path | None:
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """The file appears when it is complete; until then, and if that fails, whatever stood there stays."""
+    if RANK:
+        return
     check_output(path)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
@@ -193,7 +222,8 @@ def read_request(text: str, where: str | Path, key: str = "messages") -> dict:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is no valid JSON ({error})") from None
-    value = value if isinstance(value, dict) else {key: value}
+    value = {"tools": [value]} if isinstance(value, dict) and "function" in value else value       # one tool alone
+    value = value if isinstance(value, dict) and key in value else {key: value}
     return {"messages": value.get("messages"), "tools": read_tools(value.get("tools") or [])}
 
 
@@ -202,17 +232,16 @@ class Printer:
     """Shows a reply while it comes: the answer plain, the reasoning dim in a terminal and elsewhere only when asked for."""
 
     def __init__(self, args: argparse.Namespace):
-        self.terminal = bool(sys.stdout) and sys.stdout.isatty()
+        self.terminal, self.zoom, self.last = bool(sys.stdout) and sys.stdout.isatty(), args.zoom, None
         self.hidden = set() if self.terminal or args.show_thinking else {"reasoning"}
-        self.last = None
 
     def show(self, kind: str, text: str) -> None:
-        if kind not in self.hidden and not (kind == "tool_call" and is_zoom(json.loads(text))):
+        if kind == "tool_call" and self.zoom and is_zoom(json.loads(text)):      # it is answered here; stderr tells of it
+            self.end() if self.last else None
+        elif kind not in self.hidden:
             if self.last and (kind != self.last or kind == "tool_call"):
                 print("\n\n" if self.last == "reasoning" else "\n", end="")
             print(f"\033[2m{text}\033[0m" if kind == "reasoning" and self.terminal else text, end="", flush=True)
-            self.last = kind
-        elif self.last:
             self.last = kind
 
     def end(self) -> None:
@@ -243,24 +272,28 @@ class Assistant:
     def answer(self, messages: list[dict], show: Callable) -> dict:
         """The next message. show(kind, text) is called with its parts as they come. Ctrl-C ends it early, and what is there
         stands."""
-        args, inputs, before = self.args, self.inputs(messages), self.tokens
-        reply, stream = Reply(self.tokenizer.begins_thinking(inputs.ids.tolist())), Stream(self.tokenizer, self.tokenizer.shown)
-        most = min(args.max_new_tokens, self.model.cfg.text.max_position_embeddings - len(inputs.ids))
+        inputs = self.inputs(messages)
         self.prompt_tokens, self.media_tokens = len(inputs.ids), sum(math.prod(merged(grid)) for grid in inputs.grids)
+        reply = Reply(self.tokenizer.begins_thinking(inputs.ids.tolist()))
         try:
-            for id in generate(self.model, inputs, most, self.stop, args.temperature, args.top_k, args.top_p,
-                               args.repetition_penalty, args.seed, self.forbidden, self.cache):
-                self.clock.lap("other_tokens" if self.tokens else "first_token")
-                self.tokens += 1
-                for event in reply.push(stream.push(id)):
-                    show(*event)
-            self.ended = "length" if self.tokens - before == most else "stop"
+            for kind, text in reply.follow(self.tokenizer, self.generate(inputs)):
+                show(kind, text)
         except KeyboardInterrupt:
             self.ended = "interrupted"
-        for event in reply.push(stream.flush(), final=True):
-            show(*event)
+            for kind, text in reply.push("", final=True):
+                show(kind, text)
         self.clock.lap("other_tokens" if self.tokens else "first_token")
         return reply.message()
+
+    def generate(self, inputs: Inputs) -> Iterator[int]:
+        args, before, room = self.args, self.tokens, self.model.cfg.text.max_position_embeddings - len(inputs.ids)
+        most = min(args.max_new_tokens, room)
+        for id in generate(self.model, inputs, most, self.stop, args.temperature, args.top_k, args.top_p,
+                           args.repetition_penalty, args.seed, self.forbidden, cache=self.cache):
+            self.clock.lap("other_tokens" if self.tokens else "first_token")
+            self.tokens += 1
+            yield id
+        self.ended = "length" if self.tokens - before == most else "stop"
 
     def converse(self, messages: list[dict], show: Callable = lambda kind, text: None) -> None:
         """Appends the answer to a conversation, and before it what the model wanted to see more closely."""
@@ -270,6 +303,8 @@ class Assistant:
             calls = messages[-1].get("tool_calls", [])
             self.ended = "tool_calls" if calls and self.ended == "stop" else self.ended
             ours = self.args.zoom and calls and all(map(is_zoom, calls))
+            if ours and zooms > self.args.max_zooms:
+                say(f"the model asks to zoom again, and --max-zooms allows {self.args.max_zooms}")
             if not ours or zooms > self.args.max_zooms or self.ended == "interrupted":
                 return
             for call in calls:
@@ -317,6 +352,11 @@ def load_messages(messages: list[dict], folder: Path, args: argparse.Namespace, 
     return load_media(messages, folder, args.max_pixels, args.fps, args.max_frames, seen)
 
 
+def check_question(messages: list[dict]) -> None:
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise InputError("the conversation asks nothing: let it end with a message of the user or the result of a tool")
+
+
 def announce(media: Media) -> None:
     say(f"{short(media.source)} {media.note}")
 
@@ -332,7 +372,7 @@ def boxes_of(message: dict) -> list[Box]:
 
 
 def written(message: dict) -> dict:
-    """A message as JSON: pictures as the paths they came from, or as data URIs where there were none."""
+    """A message as JSON: pictures and clips as the paths they came from, what a zoom cut out as a data URI."""
     def item(part: dict) -> dict:
         kind = part["type"]
         if kind == "text" or isinstance(part[kind].source, (str, Path)):
@@ -349,6 +389,9 @@ def written(message: dict) -> dict:
 # -------------------------------------------------------------------------------------------------------- what to do
 def run(args: argparse.Namespace) -> None:
     clock, device, folder = Clock(), pick_device(args.device), find_folder(args.model)
+    device = join_ranks(device)
+    if RANKS > 1 and args.seed is None:
+        args.seed = shared(int.from_bytes(os.urandom(4), "big"))      # all ranks must draw the same tokens
     args.save_logits, args.boxes, args.out = map(check_output, (args.save_logits, args.boxes, args.out))
     tokenizer, requests = Tokenizer(folder), batch_lines(args) if args.batch else []
     messages, tools = question(args), read_request(read_text(args.tools), args.tools, "tools")["tools"] if args.tools else []
@@ -357,11 +400,16 @@ def run(args: argparse.Namespace) -> None:
         messages, tools = request["messages"], tools + request["tools"]
     if messages or args.messages:
         messages = load_messages(messages, tokenizer.folder, args, announce)
+    if not args.chat and not args.batch:
+        check_question(messages)
     if args.boxes and not last_picture(messages):
         raise InputError("--boxes draws on a picture: give one with --image")
+    if args.boxes and args.boxes.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"{args.boxes} must end in .png, .jpg or .webp")
     clock.lap("pictures")
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = load(folder, device, dtype, lambda done, all: say(f"loading {folder.name}: {100 * done // all} %", redraw=True))
+    progress = lambda done, all: say(f"loading {folder.name}: {100 * done // all} %", redraw=True)
+    model = load(folder, device, dtype, progress, args.quantize, say, RANK, RANKS)
     say(f"{folder.name} loaded on {device} in {clock.lap('load'):.1f} s")
     if sum(p.numel() for p in model.parameters()) < 1e7:
         torch.set_num_threads(1)        # so small a model is faster when threads need not wait for one another
@@ -438,9 +486,10 @@ def chat(assistant: Assistant, messages: list[dict]) -> None:
             elif command.startswith("/"):
                 raise InputError(f"{command} is no command; these are: {COMMANDS}")
             elif line:
+                before = len(messages)
                 messages += assistant.read([{"role": "user", "content": [{"type": "text", "text": line}, *media]}])
                 take_turn(assistant, messages)
-                media = []
+                media = [] if len(messages) > before else media
         except InputError as error:
             say(f"error: {error}")
         except KeyboardInterrupt:
@@ -452,11 +501,17 @@ def chat(assistant: Assistant, messages: list[dict]) -> None:
 
 def listen(prompt: str) -> str:
     """A line from the terminal. input() would write its prompt to stdout also where that is a file."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        return input(prompt)
-    if sys.stdin.isatty():
-        print(prompt, end="", file=sys.stderr, flush=True)
-    return input()
+    line = None
+    if sys.stdin is None:
+        raise EOFError
+    with contextlib.suppress(EOFError):
+        if sys.stdin.isatty() and not sys.stdout.isatty():
+            print(prompt, end="", file=sys.stderr, flush=True)
+            prompt = ""
+        line = None if RANK else input(prompt if sys.stdin.isatty() else "")
+    if (line := shared(line)) is None:
+        raise EOFError
+    return line
 
 
 def take_turn(assistant: Assistant, messages: list[dict]) -> None:
@@ -469,6 +524,8 @@ def take_turn(assistant: Assistant, messages: list[dict]) -> None:
             printer.end()
             assistant.report()
             if assistant.ended != "tool_calls":
+                break
+            if assistant.args.zoom and all(map(is_zoom, messages[-1]["tool_calls"])):
                 break
             for call in messages[-1]["tool_calls"]:
                 result = listen(f"result of {call['function']['name']}> ")
@@ -484,13 +541,16 @@ def take_turn(assistant: Assistant, messages: list[dict]) -> None:
 
 def batch_lines(args: argparse.Namespace) -> list[tuple[int, str]]:
     """The requests that --out has no line for yet, with their line numbers. A line of it that was not finished is dropped."""
-    lines, done = read_text(args.batch).splitlines(), set()
+    lines, done = read_text(args.batch).split("\n"), set()        # not splitlines: JSON may hold other ends of lines
     if args.out and args.out.exists():
         text = read_text(args.out)
         whole = text[: text.rfind("\n") + 1]
         try:
-            done = {json.loads(line)["line"] for line in whole.splitlines()}
+            done = {json.loads(line)["line"] for line in whole.split("\n")[:-1]}
+            ours = '{"line": '.startswith(text[len(whole) :][:9]) and args.out != args.batch.resolve()
         except (ValueError, TypeError, KeyError):
+            ours = False
+        if not ours:
             raise InputError(f"{args.out} was not written by --batch: name another file") from None
         if whole != text:
             write_whole(args.out, lambda path: path.write_text(whole, encoding="utf-8"))
@@ -500,19 +560,20 @@ def batch_lines(args: argparse.Namespace) -> list[tuple[int, str]]:
 def batch(assistant: Assistant, requests: list[tuple[int, str]], out: Path | None) -> None:
     """A line of JSON for every request, and an error in it where one cannot be answered: the others are."""
     failed, own_tools = 0, assistant.tools
-    with open(out, "a", encoding="utf-8") if out else contextlib.nullcontext(sys.stdout) as file:
+    with open(out, "a", encoding="utf-8", errors="replace") if out and not RANK else contextlib.nullcontext(sys.stdout) as file:
         for i, (number, line) in enumerate(requests):
             assistant.clock = Clock()
             try:
                 request = read_request(line, f"line {number}")
                 messages, assistant.tools = assistant.read(request["messages"]), own_tools + request["tools"]
+                check_question(messages)
                 assistant.clock.lap("pictures")
                 assistant.converse(messages)
                 if assistant.ended == "interrupted":
                     raise KeyboardInterrupt
                 reply = assistant.reply(messages)
-            except (InputError, MemoryError, RuntimeError) as error:
-                failed, reply = failed + 1, {"error": str(error) or "there is not enough memory for this"}
+            except Exception as error:      # whatever it is, the other requests are answered
+                failed, reply = failed + 1, {"error": str(error) or type(error).__name__}
             print(json.dumps({"line": number, **reply}, ensure_ascii=False), file=file, flush=True)
             say(f"{i + 1} of {len(requests)} requests, {failed} with an error", redraw=i + 1 < len(requests))
 
@@ -535,7 +596,7 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        say("error: there is not enough memory for this: try --max-pixels, --dtype bfloat16 or a shorter prompt")
+        say("error: there is not enough memory for this: try --max-pixels, --quantize int4, --dtype bfloat16 or a shorter prompt")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -550,5 +611,7 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
+    if RANKS > 1 and code == 0:
+        torch.distributed.destroy_process_group()
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # nothing is left to interrupt
     sys.exit(code)

@@ -1,10 +1,11 @@
 """What is claimed of this project, as tests. No network, no GPU, no transformers: what transformers computes lies in
-reference/reference.safetensors, and reference/make_reference.py made it. Where transformers is installed, section 11
-compares live.
+reference/reference.safetensors, and reference/make_reference.py made it. Where transformers is installed, section 14
+compares live; where PyAV is, films are read.
 
     python -m pytest -q
 """
 import ast
+import base64
 import copy
 import dataclasses
 import io
@@ -26,7 +27,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -37,17 +38,20 @@ import ernie_vl                                                                 
 import load_weights                                                                                 # noqa: E402
 import make_reference as ref                                                                        # noqa: E402
 import run                                                                                          # noqa: E402
+import tokenizer as tokenizer_module                                                                # noqa: E402
 import train                                                                                        # noqa: E402
 from ernie_vl import (ErnieVL, InputError, RMSNorm, Router, attend, frequencies, generate,      # noqa: E402
                       patch_cells, penalize, positions, rope_angles, rotate_halves, rotate_pairs, sample)
-from load_weights import load, read_config                                                          # noqa: E402
-from tokenizer import (STYLES, Stream, Tokenizer, chat_style, encode_chat, fit_size, load_picture,  # noqa: E402
-                       patchify, pixel_budget, read_messages, render)
+from load_weights import QuantizedLinear, load, read_config                                         # noqa: E402
+from tokenizer import (STYLES, ZOOM_TOOL, Box, Clip, Reply, Stream, Tokenizer, chat_style,          # noqa: E402
+                       choose_frames, crop, draw_boxes, encode_chat, find_boxes, fit_size, load_media,
+                       load_picture, patchify, pixel_budget, read_clip, read_messages, read_tools, render)
 
 torch.set_grad_enabled(False)
 torch.set_num_threads(1)      # the small model is 30 times slower when two threads wait for each other
 CPU = torch.device("cpu")
 REFERENCE = load_file(HERE / "reference" / "reference.safetensors")
+EXAMPLE = str(HERE / "examples" / "shapes.png")
 SOURCE = (HERE / "ernie_vl.py").read_text(encoding="utf-8")
 
 
@@ -223,6 +227,29 @@ def test_a_picture_is_a_clip_of_two_equal_frames(model):
     assert distance(model.resampler_model(x, [(1, 4, 6)]), model.resampler_model(torch.cat((x, x)), [(2, 4, 6)])) < 1e-6
 
 
+def test_consecutive_frames_are_paired(model):
+    x = torch.randn(4 * 24, ref.VIT_WIDTH, generator=torch.manual_seed(2))
+    halves = [model.resampler_model(half, [(2, 4, 6)]) for half in x.chunk(2)]
+    assert distance(model.resampler_model(x, [(4, 4, 6)]), torch.cat(halves)) < 1e-6
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ref.MODELS)
+def test_long_prompts_and_many_pictures_in_pieces_change_nothing(models, name, monkeypatch):
+    """Cuts inside pictures too, and a ViT that sees no more than 30 patches at a time."""
+    model, calls = models[name], []
+    inputs, whole = prepared(model, "mixed"), models[name](prepared(model, "mixed"))
+    monkeypatch.setattr(ernie_vl, "CHUNK", 7)
+    monkeypatch.setattr(ernie_vl, "VIT_BATCH", 30)
+    hooks = [model.layers[0].register_forward_hook(lambda layer, given, out: calls.append(len(out))),
+             model.vision_model.register_forward_hook(lambda vit, given, out: calls.append(-len(out)))]
+    pieces, last = model(inputs, model.new_cache()), model(inputs, model.new_cache(), only_last=True)
+    for hook in hooks:
+        hook.remove()
+    assert distance(pieces, whole) < 1e-5 and distance(last, whole[-1:]) < 1e-5
+    assert max(calls) == 7 and min(calls) >= -48 and len([c for c in calls if c < 0]) > 4     # a pair of frames has up to 48
+
+
 def test_one_placeholder_id_for_pictures_and_clips_is_enough(model):
     """Released prompts use the picture's placeholder in clips too."""
     two = prepared(model, "mixed")
@@ -265,6 +292,47 @@ def test_cache_changes_nothing(models, name):
         cache = model.new_cache()
         assert distance(torch.cat([model(p, cache) for p in pieces]), model(whole)) < 1e-5
         assert [kv.length for kv in cache.layers] == [len(whole.ids)] * 3
+
+
+def counting(model) -> list[int]:
+    """How many tokens each call of the model computes, from now on."""
+    counts = []
+    model.layers[0].register_forward_hook(lambda layer, given, out: counts.append(len(out)))
+    return counts
+
+
+@torch.inference_mode()
+def test_a_second_turn_computes_only_its_own_tokens(model):
+    """A picture in each turn: what is in the cache is left alone, and the logits are those of a full recompute."""
+    first, cache, edited = prepared(model, "picture"), model.new_cache(), copy.deepcopy(model)
+    counts = counting(edited)
+    answer = list(generate(edited, first, 3, stop=(), cache=cache))
+    two = ref.prompt_ids("two pictures")[0]
+    ids = [*first.ids.tolist(), *answer, 5, *two]
+    second = model.prepare(ids, torch.cat((first.patches, prepared(model, "two pictures").patches)),
+                           first.grids + prepared(model, "two pictures").grids)
+    follow = list(generate(edited, second, 4, stop=(), cache=cache))
+    assert counts == [len(first.ids), 1, 1, len(two) + 2, 1, 1, 1]           # + the last answer token, and 5
+    assert follow == list(generate(model, second, 4, stop=()))
+    done = cache.keep(model.marks(second))
+    assert done == len(ids) - 1 and distance(model(model.rest(second, done), cache), model(second)[-1:]) < 1e-5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("change, kept", [("none", 33), ("text behind", 20), ("picture", 6), ("beginning", 0)])
+def test_a_cache_is_used_as_far_as_the_prompts_agree(model, change, kept):
+    """Placeholders of different pictures have the same ids; the pictures are compared, and none is kept in half."""
+    grid, patches = ref.GRIDS["wide"], REFERENCE["patches.wide"]
+    size = grid[1] * grid[2] // 4
+    prompt = [1, 2, 3, 4, 5, 12, *[10] * size, 13, *range(20, 33 + 1 - 7 - size + 20)]
+    before, after = model.prepare(prompt, patches, [grid]), {
+        "none": (prompt, patches), "text behind": (prompt[:20] + [60] * 9, patches), "picture": (prompt, patches + 1),
+        "beginning": ([9, *prompt[1:]], patches)}[change]
+    after, cache = model.prepare(*after, [grid]), model.new_cache()
+    list(generate(model, before, 1, stop=(), cache=cache))
+    done = cache.keep(model.marks(after))
+    assert done == kept and {kv.length for kv in cache.layers} == {kept}
+    assert distance(model(model.rest(after, done), cache), model(after)[done:]) < 1e-5
 
 
 def test_the_model_keeps_no_state_and_only_last_is_the_last_row(model):
@@ -646,6 +714,129 @@ def test_hub_ids_are_found_in_the_local_cache_only(monkeypatch, tmp_path):
     assert load_weights.find_folder("baidu/X") == repository / "snapshots" / "aaa"
 
 
+# ------------------------------------------------------------------------------------ 5b. quantising, and small machines
+@pytest.mark.parametrize("kind, columns", [("int8", 96), ("int8", 48), ("int4", 256), ("int4", 64), ("int4", 96), ("int4", 48)])
+def test_weights_are_rounded_to_the_nearest_number_they_can_be(kind, columns):
+    """Groups of 128, 64, 32 and 16. Half a step, and what bf16 loses of scale and offset."""
+    weight = torch.randn(32, columns, generator=torch.manual_seed(0)) * 0.1 + 0.05
+    layer = QuantizedLinear(columns, 32, kind)
+    numbers, scale = layer.quantize(weight)
+    layer.load_state_dict({"weight": numbers, "scale": scale}, assign=True)
+    if kind == "int8":
+        step, found = weight.abs().amax(1, keepdim=True) / 127, numbers.float() * scale.float()[:, None]
+    else:
+        group = next(g for g in (128, 64, 32, 16) if columns % g == 0)
+        parts = weight.view(32, -1, group)
+        step = ((parts.amax(-1) - parts.amin(-1)) / 15).repeat_interleave(group, 1)
+        pairs = torch.stack((numbers % 16, numbers // 16), -1).view(32, -1, group).float()
+        found = ((pairs - 8) * scale[..., 0].T.float()[..., None] + scale[..., 1].T.float()[..., None]).view(32, columns)
+        assert numbers.nbytes + scale.nbytes == 32 * columns // 2 + 4 * 32 * columns // group
+    assert ((found - weight).abs() <= 0.55 * step + 0.01 * weight.abs().max()).all()
+    assert distance(layer.dequantized(), found) < 0.01
+    packed = copy.deepcopy(layer)
+    packed.weight = nn.Parameter(packed.pack(numbers), requires_grad=False)
+    for rows in (1, 5):
+        x = torch.randn(rows, columns, generator=torch.manual_seed(1))
+        exact = x.bfloat16().float() @ found.T
+        assert distance(layer(x), exact) < 0.02 * exact.abs().max() and distance(packed(x), exact) < 0.02 * exact.abs().max()
+        assert layer(x.bfloat16()).dtype == torch.bfloat16 and layer(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind, error", [("int8", 0.05), ("int4", 0.6)])
+def test_a_quantised_copy_is_what_quantising_while_loading_gives(tmp_path, kind, error):
+    """And it is close to the checkpoint: the error is the mean over the logits, which reach 30 here."""
+    tokenizer, exact = Tokenizer(HERE / "tiny"), load(HERE / "tiny")
+    load_weights.save_quantized(HERE / "tiny", kind, tmp_path / "small")
+    now, copied = load(HERE / "tiny", quantize=kind), load(tmp_path / "small")
+    question = [{"role": "user", "content": [{"type": "text", "text": "Describe this image."}, {"type": "image", "image": EXAMPLE}]}]
+    given = exact.prepare(*encode_chat(tokenizer, question))
+    assert torch.equal(now(given), copied(given)) and 0 < (now(given) - exact(given)).abs().mean() < error
+    assert encode_chat(Tokenizer(tmp_path / "small"), question).ids == given.ids.tolist()
+    assert sum(f.stat().st_size for f in (tmp_path / "small").glob("*.safetensors")) < 0.6 * (HERE / "tiny" / "model.safetensors").stat().st_size
+    with pytest.raises(InputError, match="quantised already"):
+        load(tmp_path / "small", quantize="int4")
+    with pytest.raises(InputError, match="is there already"):
+        load_weights.save_quantized(HERE / "tiny", kind, tmp_path / "small")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
+
+
+def test_what_cannot_be_quantised_is_refused(folders, tmp_path):
+    with pytest.raises(InputError, match=r"rows of 24 weights, which int4 cannot divide into groups of 16: use int8"):
+        load(folders["28b"], quantize="int4")
+    alien = write(tmp_path / "alien", ref.hub_tensors("28b"), ref.config("28b") | {"quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(InputError, match="quantised by 'gptq'"):
+        load(alien)
+    tensors = ref.hub_tensors("28b") | {"model.norm.weight": torch.ones(96, dtype=torch.int8)}
+    with pytest.raises(InputError, match="stored as I8"):
+        load(write(tmp_path / "whole", tensors, ref.config("28b")))
+
+
+def test_memory_is_announced_and_compared_before_anything_is_read(shapes_28b, tmp_path, monkeypatch):
+    """The 28B needs 58.8 GB on a GPU as it is, and 17.2 GB in int4; on a CPU it is mapped."""
+    if not sparse_files(tmp_path):
+        pytest.skip("needs a file system with sparse files")
+    write(tmp_path, {}, VL_28B)
+    write_zeros(shapes_28b, tmp_path, 12)
+    monkeypatch.setattr(load_weights, "free_memory", lambda device: 24e9)
+    said = {kind: [] for kind in (None, "int4")}
+    for kind in said:
+        checkpoint = load_weights.open_checkpoint(tmp_path)
+        if kind:
+            load_weights.quantize_checkpoint(checkpoint, kind)
+        for device in ("cpu", "cuda"):
+            try:
+                said[kind].append(load_weights.check_memory(checkpoint, device, None))
+            except InputError as error:
+                said[kind].append(str(error))
+    name = tmp_path.name
+    assert said[None] == [f"{name} takes 35.4 MB of memory and 58.8 GB mapped from disk (24.0 GB are free on cpu), and 57.3 kB a token of context",
+                          f"{name} needs 58.8 GB on cuda, and 24.0 GB are free: --quantize int4 would fit"]
+    assert said["int4"][1] == f"{name} takes 17.2 GB of memory (24.0 GB are free on cuda), and 57.3 kB a token of context"
+
+
+def test_too_large_a_model_is_refused_before_anything_is_read(folders, monkeypatch):
+    monkeypatch.setattr(load_weights, "mapped", None)
+    monkeypatch.setattr(load_weights, "free_memory", lambda device: 1000)
+    with pytest.raises(InputError, match=r"28b needs \d\.\d MB on cpu, and 1.0 kB are free: it takes a larger machine"):
+        load(folders["28b"], dtype=torch.bfloat16)
+
+
+def test_bf16_through_fp32_is_the_same_product(monkeypatch, tmp_path):
+    x, layer = torch.randn(9, 64, generator=torch.manual_seed(0)).bfloat16(), nn.Linear(64, 32).bfloat16()
+    exact, plain = layer.float()(x.float()), layer.bfloat16()(x)
+    layer.__class__ = load_weights.ThroughFP32
+    assert layer(x).dtype == torch.bfloat16 and distance(layer(x), exact) <= distance(plain, exact) + 1e-3
+    assert distance(layer(x[:1]), exact[:1]) < 0.02
+    folder = ref.write_checkpoint("28b", tmp_path)
+    kinds = lambda **options: {type(module) for module in load(folder, **options).modules() if isinstance(module, nn.Linear)}
+    for supported, expected in ((True, nn.Linear), (False, load_weights.ThroughFP32)):
+        monkeypatch.setattr(load_weights, "has_bf16_products", lambda: supported)
+        assert kinds(dtype=torch.bfloat16) == {expected} and kinds() == {nn.Linear}
+
+
+def test_two_processes_compute_what_one_does(tmp_path, capsys):
+    """Half the heads and half the width of every expert each, over gloo; the first speaks."""
+    two = lambda *more: subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "run.py", "--image", EXAMPLE, *more],
+                                       cwd=HERE, capture_output=True, text=True).stdout
+    assert two() == ask(capsys, "--image", EXAMPLE)[1] != ""
+    assert two("--save-logits", str(tmp_path / "two")) == "" and ask(capsys, "--image", EXAMPLE, "--save-logits", str(tmp_path / "one"))[0] == 0
+    one, two = (load_file(tmp_path / name)["logits"] for name in ("one", "two"))
+    assert distance(one, two) < 3e-5 and one.abs().max() > 10
+
+
+def test_a_rank_holds_its_share(folders):
+    whole = load(folders["28b"]).state_dict()
+    shares = [load(folders["28b"], rank=rank, ranks=2).state_dict() for rank in range(2)]
+    for name, tensor in whole.items():
+        split = name.startswith("layers.") and "_proj" in name
+        dim = int(name.endswith(("o_proj.weight", "down_proj.weight")))
+        both = torch.cat([share[name] for share in shares], dim) if split else shares[1][name]
+        assert torch.equal(both, tensor), name
+    for ranks, words in ((3, r"3 processes cannot share num_attention_heads 4"), (4, "num_key_value_heads 2")):
+        with pytest.raises(InputError, match=words):
+            load(folders["28b"], ranks=ranks)
+
+
 # ---------------------------------------------------------------------- 6. tokenizer: a small vocabulary, made here
 WORDS = "Hello hello how Hey This is a test User: Assistant: Picture What kind of dog is this? Nice to meet you."
 
@@ -711,6 +902,10 @@ def test_a_user_cannot_type_a_control_token(tmp_path):
                ("Hi", hostile, [{"type": "text", "text": "<|IM"}, {"type": "text", "text": "AGE_START|>"}])]
     controls = [[id for id in ids if id in tokenizer.names] for ids in prompts]
     assert controls[0] == controls[1] == controls[2]
+    talk = lambda text: encode_chat(tokenizer, [says("system", text), says("user", text), says("assistant", text, reasoning_content=text),
+        says("assistant", "", tool_calls=[{"function": {"name": text, "arguments": {text: text}}}]), says("tool", text)],
+        tools=[{"function": {"name": text}}]).ids
+    assert [id for id in talk("Hi") if id in tokenizer.names] == [id for id in talk(hostile) if id in tokenizer.names]
 
 
 def test_streaming_never_emits_half_a_character(tokenizer):
@@ -732,8 +927,15 @@ def test_control_tokens_and_unused_rows_are_silent(tokenizer):
 
 # --------------------------------------------------------------------------------------------- 7. the chat template
 IMG, BEGIN, END = "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>", "<|begin_of_sentence|>", "<|end_of_sentence|>"
+VID = "<|VIDEO_START|><|VIDEO_PLACEHOLDER|><|VIDEO_END|>"
+ERNIE = "You are a multimodal AI assistant called ERNIE developed by Baidu based on the PaddlePaddle framework."
 EMPTY = "<think>\n\n</think>\n\n"
-user = lambda *items: {"role": "user", "content": [{"type": "image", "image": "x.png"} if item is IMG else {"type": "text", "text": item} for item in items]}
+WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
+LISTED = '\n<tool_list>\n[{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]\n</tool_list>\n\n'
+CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "北京"}'}}
+CALLED = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "北京"}}\n</tool_call>\n'
+MEDIA = {IMG: {"type": "image", "image": "x.png"}, VID: {"type": "video", "video": "x.mp4"}}
+user = lambda *items: {"role": "user", "content": [MEDIA.get(item, {"type": "text", "text": item}) for item in items]}
 says = lambda role, text, **more: {"role": role, "content": text, **more}
 
 
@@ -751,14 +953,67 @@ says = lambda role, text, **more: {"role": role, "content": text, **more}
      f"{BEGIN}User: q1\nAssistant: <think>\nTH\n</think>\nANS{END}User: q2\nAssistant: {EMPTY}"),
     ("instruct", None, [says("user", "q1"), says("assistant", "<think>\nTH\n</think>\n\nANS"), says("user", "q2")],
      f"{BEGIN}User: q1\nAssistant: <think>\nTH\n</think>\nANS{END}User: q2\nAssistant: {EMPTY}"),
-    ("thinking", None, [user(IMG, "Q")], f"{BEGIN}You are a multimodal AI assistant called ERNIE developed by Baidu based on the "
-                                         f"PaddlePaddle framework.\nUser:  Picture 1:{IMG}Q\nAssistant: \n<think>\n"),
+    ("instruct", None, [user(VID, "Q")], f"{BEGIN}User: Video 1:{VID}Q\nAssistant: {EMPTY}"),
+    ("instruct", None, [user(IMG, "a", VID, "b", IMG)], f"{BEGIN}User: Picture 1:{IMG}aVideo 1:{VID}bPicture 2:{IMG}\nAssistant: {EMPTY}"),
+    ("instruct", None, [user(IMG, VID, "q1"), says("assistant", "a1"), user(IMG, VID)],
+     f"{BEGIN}User: Picture 1:{IMG}Video 1:{VID}q1\nAssistant: a1{END}User: Picture 2:{IMG}Video 2:{VID}\nAssistant: {EMPTY}"),
+    ("thinking", None, [user(IMG, "Q")], f"{BEGIN}{ERNIE}\nUser:  Picture 1:{IMG}Q\nAssistant: \n<think>\n"),
+    ("thinking", None, [user(IMG, IMG, VID)], f"{BEGIN}{ERNIE}\nUser:  Picture 1:{IMG} Picture 2:{IMG} Video 1:{VID}\nAssistant: \n<think>\n"),
+    ("thinking", None, [says("user", "q1"), says("assistant", "TH\n</think>\n\nANS"), says("user", "q2")],
+     f"{BEGIN}{ERNIE}\nUser: q1\nAssistant: \n<think>\nTH\n</think>\n\nANS{END}User: q2\nAssistant: \n<think>\n"),
     ("thinking", False, [says("system", "S"), says("user", "Q")], f"{BEGIN}S\nUser: Q\nAssistant: \n{EMPTY}"),
     ("text", None, [says("system", "S"), says("user", "Q"), says("assistant", "A"), says("user", "R")],
      f"{BEGIN}S\nUser: Q\nAssistant: A{END}User: R\nAssistant: "),
 ])
 def test_the_prompt_is_the_string_the_model_was_trained_on(style, think, messages, expected):
     assert "".join(render(read_messages(messages), STYLES[style], think)) == expected
+
+
+@pytest.mark.parametrize("style, messages, expected", [
+    ("thinking", [says("user", "Q")], f"{BEGIN}{ERNIE}{LISTED}User: Q\nAssistant: \n<think>\n"),
+    ("instruct", [says("user", "Q")], f"{BEGIN}{LISTED}User: Q\nAssistant: {EMPTY}"),
+    ("instruct", [says("system", "S"), says("user", "Q")], f"{BEGIN}S{LISTED}User: Q\nAssistant: {EMPTY}"),
+    ("thinking", [says("user", "Q"), says("assistant", "", reasoning_content="TH", tool_calls=[CALL]), says("tool", "23")],
+     f"{BEGIN}{ERNIE}{LISTED}User: Q\nAssistant: \n<think>\nTH\n</think>\n\n{CALLED}{END}"
+     f"User: <tool_output>\n23\n</tool_output>\n\nAssistant: \n<think>\n"),
+    ("instruct", [user(IMG), says("assistant", None, tool_calls=[CALL, CALL]), says("tool", user(IMG, "seen")["content"]), says("tool", [{"t": 1}])],
+     f"{BEGIN}{LISTED}User: Picture 1:{IMG}\nAssistant: {CALLED}{CALLED}{END}User: <tool_output>\nPicture 2:{IMG}seen\n</tool_output>\n"
+     f'<tool_output>\n[{{"t": 1}}]\n</tool_output>\n\nAssistant: {EMPTY}'),
+])
+def test_tools_stand_in_the_prompt_as_in_training(style, messages, expected):
+    for tool in (WEATHER, WEATHER["function"]):       # a bare function is wrapped
+        assert "".join(render(read_messages(messages), STYLES[style], None, read_tools([tool]))) == expected
+
+
+def test_messages_of_all_spellings_are_the_same():
+    text, image, video = ({"type": "text", "text": "Q"}, {"type": "image", "image": "a.png"}, {"type": "video", "video": "b.gif"})
+    spelled = [text, {"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "video_url", "video_url": "b.gif"}]
+    spelled += [{"type": "image", "url": "a.png"}, {"type": "video", "path": "b.gif"}]
+    once = read_messages([{"role": "user", "content": spelled}, says("assistant", "A", tool_calls=[
+        {"function": {"name": "f", "arguments": {"x": 1}}}, {"id": "7", "function": {"name": "g", "arguments": ""}}])])
+    assert once[0]["content"] == [text, image, video, image, video] and read_messages(once) == once
+    assert [call["function"]["arguments"] for call in once[1]["tool_calls"]] == ['{"x": 1}', "{}"]
+    assert read_messages([says("developer", "D"), says("tool", None), says("tool", [{"type": "event"}])]) == [
+        says("system", [{"type": "text", "text": "D"}]), says("tool", []), says("tool", [{"type": "text", "text": '[{"type": "event"}]'}])]
+    assert len({call["id"] for call in once[1]["tool_calls"]}) == 2 and once[1]["tool_calls"][1]["id"] == "7"
+
+
+@pytest.mark.parametrize("messages, words", [
+    ([], "list of messages"), ("Hi", "list of messages"), (["Hi"], "list of messages"), ([says("robot", "Hi")], "role 'robot'"),
+    ([says("user", 5)], "this is 5"), ([says("user", ["text"])], "'text'"), ([says("user", ["image"])], "'image'"), ([says("user", [{"type": "smell"}])], "'smell'"), ([says("user", ["Hi"])], "'Hi'"),
+    ([says("user", [{"type": "text"}])], "'text'"), ([says("user", [{"type": "image", "image": 5}])], "'image'"),
+    ([says("assistant", [MEDIA[IMG]])], "holds text"), ([says("assistant", "", reasoning_content=5)], "holds text"),
+    ([says("assistant", "", tool_calls=5)], "looks like"), ([says("assistant", "", tool_calls=[{"function": {"name": 5}}])], "looks like"),
+    ([says("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": "{"}}])], "looks like")])
+def test_what_is_no_conversation_is_refused(messages, words):
+    with pytest.raises(InputError, match=words):
+        read_messages(messages)
+
+
+@pytest.mark.parametrize("tools", ["x", [5], [{"function": 5}], [{"function": {}}], [{"type": "function"}]])
+def test_tools_without_a_name_are_refused(tools):
+    with pytest.raises(InputError, match="tools are a list|has no name"):
+        read_tools(tools)
 
 
 def test_thinking_is_refused_where_it_was_not_taught():
@@ -794,12 +1049,6 @@ def test_the_folder_tells_the_style(vocabulary, tmp_path):
     assert chat_style(Tokenizer(tmp_path / "x")) is STYLES["text"]
 
 
-@pytest.mark.parametrize("message", [says("robot", "Hi"), {"role": "user", "content": [{"type": "smell"}]}])
-def test_unknown_roles_and_items_are_refused(tokenizer, message):
-    with pytest.raises(InputError, match="robot|smell"):
-        encode_chat(tokenizer, [message])
-
-
 # ------------------------------------------------------------------------------------------------------ 8. pictures
 @pytest.mark.parametrize("size, grid, total, first, second", [
     # width x height, measured with transformers' PIL processor; the first three need no resizing
@@ -811,7 +1060,7 @@ def test_unknown_roles_and_items_are_refused(tokenizer, message):
     ((640, 480), (1, 34, 46), 173001.5997, (-1.79226, -1.69007, -1.58788, -1.48570), (-0.37622, -0.27403, -0.17184)),
 ])
 def test_patches_have_the_measured_values(size, grid, total, first, second):
-    patches, found = patchify(ref.picture(*size))
+    patches, found = patchify([ref.picture(*size)])
     assert found == grid and patches.shape == (grid[1] * grid[2], 588) and patches.dtype == torch.float32
     assert abs(float(patches.double().sum()) - total) < 0.01
     assert torch.allclose(patches[0, :4], torch.tensor(first), atol=1e-5) and torch.allclose(patches[1, :3], torch.tensor(second), atol=1e-5)
@@ -828,7 +1077,7 @@ def test_sides_are_rounded_to_multiples_of_28_half_to_even(height, width, fitted
 def test_a_row_of_patches_is_colour_by_colour_in_blocks_of_two_by_two():
     index = np.zeros((56, 112, 3), np.uint8)
     index[..., 0] = np.repeat(np.repeat(np.arange(32).reshape(4, 8), 14, 0), 14, 1) * 5
-    red = patchify(Image.fromarray(index))[0].view(-1, 3, 196)
+    red = patchify([Image.fromarray(index)])[0].view(-1, 3, 196)
     assert ((red[:, 0, 0] * 0.26862954 + 0.48145466) * 51).round().tolist()[:10] == [0, 1, 8, 9, 2, 3, 10, 11, 4, 5]
     assert torch.allclose(red[:, 1], torch.tensor(-1.75209713)) and torch.allclose(red[:, 2], torch.tensor(-1.48021972))
 
@@ -872,8 +1121,309 @@ def test_what_is_not_a_picture_is_refused_in_one_sentence(case, tmp_path, capsys
     assert out == "" and words in err and err.count("\n") == 1 and "Traceback" not in err
 
 
-# -------------------------------------------------------------------------------------------------------- 9. run.py
-EXAMPLE = str(HERE / "examples" / "shapes.png")
+# -------------------------------------------------------------------------------------------------------- 9. clips
+@pytest.mark.parametrize("count, rate, expected", [      # what the released checkpoints' own processor chooses
+    (10, 25, list(range(10))), (100, 25, [0, 6, 12, 18, 25, 31, 37, 43, 50, 56, 62, 68, 75, 81, 87, 93]), (300, 30, list(range(0, 300, 15))),
+    (301, 30, [0, 15, 30, 45, 60, 75, 90, 105, 120, 135, 150, 165, 180, 195, 210, 225, 240, 255, 270, 285]),
+    (299, 29.97, [0, 15, 31, 47, 62, 78, 94, 110, 125, 141, 157, 173, 188, 204, 220, 236, 251, 267, 283]),
+    (250, 25, [0, 12, 25, 37, 50, 62, 75, 87, 100, 112, 125, 137, 150, 162, 175, 187, 200, 212, 225, 237]), (6000, 30, None), (1, 25, [0])])
+def test_frames_are_chosen_as_the_released_processor_does(count, rate, expected):
+    chosen = choose_frames(count, rate)
+    if expected is None:                                                                # 180 of 6,000
+        assert len(chosen) == 180 and chosen[:4] == [0, 33, 66, 100] and chosen[-1] == 5966
+    else:
+        assert chosen == expected
+
+
+def test_fewer_frames_can_be_asked_for():
+    assert len(choose_frames(600, 30, fps=1)) == 20 and choose_frames(600, 30, most=4) == [0, 150, 300, 450]
+    assert len(choose_frames(10 * 3600 * 30, 30)) == 180
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "time: 00:00:00.00"), (7.5, "time: 00:00:07.50"), (61.5, "time: 00:01:01.50"),
+                                           (3661.25, "time: 01:01:01.25"), (59.996, "time: 00:00:60.00"), (360000, "time: 100:00:00.00")])
+def test_times_are_written_as_in_training(seconds, text):
+    assert tokenizer_module.timestamp(seconds) == text
+
+
+def by_hand(frames: list[Image.Image], times: list[float], budget: tuple[int, int]) -> tuple[torch.Tensor, tuple]:
+    """Stamped, padded, resized and cut as the facts of the released processor say, patch by patch and number by number."""
+    stamped = []
+    for frame, s in zip(frames, times):
+        frame, size = frame.convert("RGB"), int(min(frame.size) * 0.1)
+        if size:
+            text = f"time: {int(s) // 3600:02d}:{int(s) // 60 % 60:02d}:{s % 60:05.2f}"
+            ImageDraw.Draw(frame).text((0, 0), text, (0, 0, 0), ImageFont.load_default(size), stroke_width=int(size * 0.1), stroke_fill="white")
+        stamped.append(frame)
+    stamped += [stamped[-1]] * (len(stamped) % 2)
+    height, width = fit_size(stamped[0].height, stamped[0].width, *budget)
+    rows, mean, std = [], (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    for frame in stamped:
+        x = (np.asarray(frame.resize((width, height), Image.BICUBIC)) / 255 - mean) / std
+        for y in range(0, height, 28):
+            for left in range(0, width, 28):
+                for dy, dx in ((0, 0), (0, 14), (14, 0), (14, 14)):
+                    rows.append(x[y + dy : y + dy + 14, left + dx : left + dx + 14].transpose(2, 0, 1).ravel())
+    return torch.from_numpy(np.array(rows)).float(), (len(stamped), height // 14, width // 14)
+
+
+BUDGET = {"size": {"shortest_edge": 3136, "longest_edge": 12544}}      # clips of the tests are small
+
+
+@pytest.fixture
+def small_clips(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "video_preprocessor_config.json").write_text(json.dumps(BUDGET))
+    return tmp_path / "folder"
+
+
+def moving(count: int, size=(120, 90)) -> list[Image.Image]:
+    frames = [Image.new("RGB", size, (200, 220, 240)) for _ in range(count)]
+    for i, frame in enumerate(frames):
+        ImageDraw.Draw(frame).rectangle((5 * i, 40, 5 * i + 30, 70), fill=(200, 10 * i, 40))
+    return frames
+
+
+def write_film(path: Path, frames: list[Image.Image], rate: int = 10, codec: str = "mpeg4") -> Path:
+    import av
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = *frames[0].size, "yuv420p", 4_000_000
+        for frame in frames:
+            film.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        film.mux(stream.encode())
+    return path
+
+
+def write_clip(kind: str, folder: Path, count: int) -> tuple[Path, list[Image.Image], float]:
+    """(path, all frames as a decoder gives them, frames a second)"""
+    frames, path = moving(count), folder / f"clip.{kind}"
+    if kind in ("gif", "webp", "png"):
+        lossless = {"lossless": True} if kind == "webp" else {}
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=[80, 120] * (count // 2) + [100] * (count % 2), **lossless)
+        with Image.open(path) as image:
+            frames = [(image.seek(i), image.convert("RGB"))[1] for i in range(count)]
+        return path, frames, 10.0
+    if kind == "frames":
+        path.mkdir()
+        for i, frame in enumerate(frames):
+            frame.save(path / f"f{i}.png")                       # f2 before f10
+        (path / "notes.txt").write_text("not a frame")
+        return path, frames, 24.0
+    import av
+    write_film(path, frames, codec="mpeg4" if kind == "mp4" else "libvpx-vp9")
+    with av.open(str(path)) as film:
+        return path, [frame.to_image() for frame in film.decode(video=0)], 10.0
+
+
+def test_films_come_as_data_uris_too(tmp_path):
+    pytest.importorskip("av", reason="PyAV is not installed: pip install av to read films")
+    film = write_film(tmp_path / "clip.mp4", moving(9))
+    uri = "data:video/mp4;base64," + base64.b64encode(film.read_bytes()).decode()
+    assert [np.asarray(f).tolist() for f in read_clip(uri).frames] == [np.asarray(f).tolist() for f in read_clip(film).frames]
+
+
+@pytest.mark.parametrize("kind, count", [("gif", 5), ("gif", 21), ("webp", 3), ("png", 4), ("frames", 12), ("frames", 1), ("mp4", 40), ("webm", 25)])
+def test_clips_become_the_tensors_of_an_independent_computation(tokenizer, small_clips, tmp_path, kind, count):
+    if kind in ("mp4", "webm"):
+        pytest.importorskip("av", reason="PyAV is not installed: pip install av to read films")
+    path, frames, rate = write_clip(kind, tmp_path, count)
+    chosen = [k * count // min(16, count) for k in range(min(16, count))]      # all of these last less than 8 seconds
+    patches, grid = by_hand([frames[i] for i in chosen], [i / rate for i in chosen], (3136, 12544))
+    item = load_media([{"role": "user", "content": [{"type": "video", "video": str(path)}]}], small_clips)[0]["content"][0]["video"]
+    assert item.grid == grid and item.patches.shape == patches.shape and distance(item.patches, patches) < 1e-5
+    assert item.note.startswith(f"{len(chosen)} frame{'s' * (count > 1)} 120 x 90 -> ")
+
+
+def test_a_clip_in_the_prompt(tokenizer, small_clips):
+    """6 frames of 120 x 90 pixels are 3 x (2 x 3) tokens, whose placeholder is the picture's where clips have none of their own."""
+    shutil.copy(tokenizer.folder / "tokenizer.model", small_clips)
+    shutil.copy(tokenizer.folder / "added_tokens.json", small_clips)
+    own = Tokenizer(small_clips)
+    prompt = encode_chat(own, [{"role": "user", "content": [{"type": "video", "video": Clip(moving(5), [0.0, 0.5, 1.0, 1.5, 2.0])}]}])
+    start = prompt.ids.index(own.special["<|VIDEO_START|>"])
+    assert prompt.ids[start : start + 38] == [1006, *[1002] * 36, 1007] and prompt.grids == [(6, 6, 8)]
+    assert torch.equal(prompt.patches[-48:], prompt.patches[-96:-48])                   # the fifth frame twice, its stamp too
+    assert own.decode(prompt.ids) == "User: Video 1:\nAssistant: \n\n\n\n"
+
+
+def test_small_frames_are_enlarged_and_tiny_ones_not_stamped():
+    frame = moving(1, (64, 64))[0]
+    (item,) = load_media([{"role": "user", "content": [{"type": "video", "video": Clip([frame], [0.0])}]}], HERE / "reference")[0]["content"]
+    assert item["video"].grid == (2, 36, 36)                                            # 504 x 504
+    assert tokenizer_module.stamp(moving(1, (9, 40))[0], 1.0, HERE) is not None
+
+
+@pytest.mark.parametrize("case", ["empty folder", "text", "missing", "no frame decodes", "broken gif", "broken film", "still", "long"])
+def test_clips_that_are_hardly_clips(case, tmp_path, monkeypatch):
+    """One sentence, or the frames that can be had."""
+    path, frames = tmp_path / "clip.gif", moving(8)
+    if case == "empty folder":
+        path.mkdir()
+    elif case == "text":
+        path.write_text("hello")
+    elif case == "no frame decodes":
+        path.mkdir()
+        (path / "1.png").write_bytes(b"broken")
+    elif case == "still":
+        frames[0].save(path)
+    elif case == "broken gif":
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+        path.write_bytes(path.read_bytes()[:-50])
+    elif case in ("broken film", "long"):
+        pytest.importorskip("av", reason="PyAV is not installed: pip install av to read films")
+        path = write_film(tmp_path / "clip.mp4", moving(60), 30) if case == "broken film" else write_hours(tmp_path / "clip.mkv")
+        data = bytearray(path.read_bytes())
+        data[len(data) // 3 : len(data) * 2 // 3] = bytes(len(data) * 2 // 3 - len(data) // 3)
+        path.write_bytes(data) if case == "broken film" else None
+    if case in ("empty folder", "text", "missing", "no frame decodes"):
+        monkeypatch.setitem(sys.modules, "av", None)
+        with pytest.raises(InputError, match="no frame of it|pip install av|does not exist"):
+            read_clip(path)
+        return
+    clip = read_clip(path)
+    assert len(clip.frames) == len(clip.times) >= 1 and clip.times == sorted(clip.times)
+    if case == "broken gif":
+        assert len(clip.frames) == 7 and clip.lost == 1
+    if case == "broken film":                                # what lies behind the damage is there too
+        assert len(clip.frames) + clip.lost == 16 and clip.times[-1] > 1.8
+    if case == "long":
+        assert len(clip.frames) == 180 and clip.times[-1] > 9.9 * 3600
+
+
+def write_hours(path: Path) -> Path:
+    """Ten hours at a frame a second."""
+    import av
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("mpeg4", rate=1)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 32, 32, "yuv420p", 12
+        frame = av.VideoFrame.from_image(Image.new("RGB", (32, 32)))
+        for i in range(36_000):
+            frame.pts = i
+            film.mux(stream.encode(frame))
+        film.mux(stream.encode())
+    return path
+
+
+# ------------------------------------------------------------------------------------------- 10. replies, and boxes
+NAMED = lambda name, **arguments: ("call", name, arguments)
+REPLIES = [  # generated text; whether the prompt has opened the reasoning; reasoning; content and calls
+    ("abc</think>xyz", True, "abc", ["xyz"]),
+    ("abc\n</think>\n\nxyz", True, "abc", ["xyz"]),
+    ("\nabc\n\ndef\n</think>\n\nx\n\ny", True, "abc\n\ndef", ["x\n\ny"]),
+    ('abc\n</think>\n\n\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n', True, "abc", [NAMED("f", x=1)]),
+    ('abc</think>hello<tool_call>{"name": "f", "arguments": {}}</tool_call>', True, "abc", ["hello", NAMED("f")]),
+    ("abc", True, "abc", []), ("abc", False, "", ["abc"]), ("", True, "", []), ("", False, "", []),
+    ('<tool_call>{"name": "f", "arguments": {}}</tool_call>', True, "", [NAMED("f")]),
+    ("<think>abc</think>def", True, "abc", ["def"]), ("<think>abc</think>def", False, "abc", ["def"]), ("abc\n", True, "abc", []),
+    ("abc\n</think>\n\n<response>\ndef\n</response>\n", True, "abc", ["<response>\ndef\n</response>\n"]),
+    ("a</think>b</think>c", True, "a", ["b</think>c"]), ("a < b </thin", True, "a < b </thin", []), ("a <tool_cal", False, "", ["a <tool_cal"]),
+    ('<tool_call>{"name": "get_weather", "arguments": {"location": "北京"}}</tool_call>', False, "", [NAMED("get_weather", location="北京")]),
+    ('<tool_call>{"name": "get_weather", "arguments": {"location": "北"</tool_call>', False, "",
+     ['<tool_call>{"name": "get_weather", "arguments": {"location": "北"</tool_call>']),
+    ('<tool_call>"name": "get_weather", "arguments": {</tool_call>', False, "", ['<tool_call>"name": "get_weather", "arguments": {</tool_call>']),
+    ('<tool_call>"name": "f", "arguments": {"x": 2}}</tool_call>', False, "", [NAMED("f", x=2)]),                # a brace was forgotten
+    ('</think>abc<tool_call>{"name": "f", "arguments": {}}</tool_call>', True, "", ["abc", NAMED("f")]),
+    ('<tool_call>\n{"name": "f", "arguments": {"x": {"y": {"z": 1}}}}\n</tool_call>\n<tool_call>\n{"name": "g", "arguments": "{\\"a\\": 1}"}\n</tool_call>\n',
+     False, "", [NAMED("f", x={"y": {"z": 1}}), NAMED("g", a=1)]),
+    ('two\n<tool_call>{"name": "f", "arguments": {}}</tool_call>\n<tool_call>{"name": "g", "arguments": []}</tool_call>', False, "",
+     ["two", NAMED("f"), NAMED("g")]),
+    ('<tool_call>{"name": "f", "arguments": {"x": 2}</tool_call>', False, "", [NAMED("f", x=2)]),
+    ('<tool_call>"name": "f", "arguments": {"x": 2}</tool_call>', False, "", [NAMED("f", x=2)]),
+    ("Hello\n\n<tool_call>oops</tool_call>", False, "", ["Hello\n\n<tool_call>oops</tool_call>"]), ("x</think>y", False, "", ["x</think>y"]),
+    ('<tool_call>{"name": "f", "arguments": {"x": "a</tool_call>b"}}</tool_call>', False, "", [NAMED("f", x="a</tool_call>b")]),
+    ('<tool_call>{"name": "f", "arguments": {"x": "line\nline"}}</tool_call>', False, "", [NAMED("f", x="line\nline")]),
+    ('<tool_call>{"name": "f", "arguments": {"x": 1}}', False, "", [NAMED("f", x=1)]),                            # complete but not closed
+    ('<tool_call>{"name": "f", "argum', False, "", ['<tool_call>{"name": "f", "argum']),
+    ('<tool_call>{"name": "f", "arguments": {"x": 1', False, "", ['<tool_call>{"name": "f", "arguments": {"x": 1']),
+    ('<tool_call>bad</tool_call><tool_call>{"name": "f", "arguments": {}}</tool_call>', False, "", ["<tool_call>bad</tool_call>", NAMED("f")]),
+    ('<tool_call>{"x": "open</tool_call>then <tool_call>{"name": "f", "arguments": {}}</tool_call>', False, "",
+     ['<tool_call>{"x": "open</tool_call>then ', NAMED("f")]),
+    ("<tool_call>5</tool_call>", False, "", ["<tool_call>5</tool_call>"]), ("<tool_call></tool_call>", False, "", ["<tool_call></tool_call>"]),
+    ('<tool_call>{"name": 5, "arguments": {}}</tool_call>', False, "", ['<tool_call>{"name": 5, "arguments": {}}</tool_call>']),
+    ('<tool_call>{"name": "f"}</tool_call>', False, "", ['<tool_call>{"name": "f"}</tool_call>']),
+    ("<tool_call>" + "[" * 9000 + "</tool_call>", False, "", ["<tool_call>" + "[" * 9000 + "</tool_call>"]),
+]
+
+
+@pytest.mark.parametrize("pieces", ["whole", "3 letters", "letters"])
+@pytest.mark.parametrize("text, thinking, reasoning, rest", REPLIES)
+def test_a_reply_is_taken_apart_however_it_comes(text, thinking, reasoning, rest, pieces):
+    step = {"whole": len(text) or 1, "3 letters": 3, "letters": 1}[pieces]
+    if len(text) > 1000 and step < 1000:
+        step = 1000
+    reply, events = Reply(thinking), []
+    for i in range(0, len(text), step):
+        events += reply.push(text[i : i + step])
+    events += reply.push("", final=True)
+    found = []
+    for kind, said in events:
+        if kind == "tool_call":
+            function = json.loads(said)["function"]
+            found.append(("call", function["name"], json.loads(function["arguments"])))
+        elif kind == "content":
+            found[-1:] = [found[-1] + said] if found and isinstance(found[-1], str) else [*found[-1:], said]
+    assert found == rest and reply.said["reasoning"] == reasoning == "".join(said for kind, said in events if kind == "reasoning")
+    assert reply.said["content"] == "".join(part for part in rest if isinstance(part, str))
+    assert len({call["id"] for call in reply.tool_calls}) == len(reply.tool_calls)
+
+
+def test_text_comes_out_as_soon_as_it_is_certain():
+    reply = Reply(thinking=True)
+    said = [[text for _, text in reply.push(piece)] for piece in ("I see", " a <", "b </th", "ink", ">", "\n\n", "Yes", "\n", "!")]
+    assert said == [["I see"], [" a "], ["<b "], [], [], [], ["Yes"], [], ["\n!"]]
+    reply = Reply(thinking=False)      # the name of a tag in prose holds nothing up
+    assert [[text for _, text in reply.push(piece)] for piece in ("Use <tool_call>", " in prose", ".")] == [["Use "], ["<tool_call>", " in prose"], ["."]]
+
+
+@pytest.mark.parametrize("prompt, thinking", [(f"{BEGIN}<think>", True), (EMPTY, False), ("", False), (f"{EMPTY}<think>", True)])
+def test_the_prompt_says_whether_an_answer_begins_with_reasoning(tokenizer, prompt, thinking):
+    assert tokenizer.begins_thinking(tokenizer.encode(prompt, control=True)) is thinking
+
+
+@pytest.mark.parametrize("text, expected", [
+    ('{"bbox_2d": [285, 235, 999, 652]}', [("", (285, 235, 999, 652))]),
+    ('Here:\n```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"label": "b", "bbox": [5, 6, 7.5, 8]}]\n```', [("a", (1, 2, 3, 4)), ("b", (5, 6, 7.5, 8))]),
+    ('{"name": "cat", "box": [[1, 2, 3, 4], [5, 6, 7, 8]]}', [("cat", (1, 2, 3, 4)), ("cat", (5, 6, 7, 8))]),
+    ('{"cars": [{"pos": [10, 20, 5, 40]}]}', [("", (5, 20, 10, 40))]), ("It is at [1, 2, 3, 4].", [("", (1, 2, 3, 4))]),
+    ("[1, 2, 3] and [1, 2, 3, 4000] and [true, 1, 2, 3] and {", []), ("none", []), ("[" * 5000, []),
+    ("<ref>a dog</ref><box>(1,2)(30,2)(30,40)(1,40)</box>", [("a dog", (1, 2, 30, 40))]),
+    ("<ref>b</ref>text<ref>c</ref><box>(5,6)(7,8)</box>", [("c", (5, 6, 7, 8))]), ('{"bbox_2d": [10, 20, 1001, 40]}', [("", (10, 20, 1001, 40))]),
+    ("<ref>dogs</ref><|LOC_BEGIN|><|LOC_1|><|LOC_2|><|LOC_30|><|LOC_2|><|LOC_30|><|LOC_40|><|LOC_1|><|LOC_40|><|LOC_SEP|><|LOC_5|><|LOC_6|>"
+     "<|LOC_7|><|LOC_8|><|LOC_END|>", [("dogs", (1, 2, 30, 40)), ("dogs", (5, 6, 7, 8))]),
+])
+def test_boxes_are_found_in_every_form(text, expected):
+    assert [(box.label, box.corners) for box in find_boxes(text)] == expected
+
+
+def test_boxes_in_pixels():
+    assert Box("", (285, 235, 999, 652)).pixels((2000, 1000)) == (570, 235, 1998, 652)
+    assert Box("", (0, 0, 1000, 1000)).pixels((56, 30)) == (0, 0, 56, 30) == Box("", (-5, 0, 1001, math.inf)).pixels((56, 30))
+
+
+@pytest.mark.parametrize("size, colour", [((40, 30), "black"), ((40, 3000), "white"), ((1920, 1080), "#ffd400")])
+def test_drawn_labels_can_be_read(size, colour):
+    """Black letters on a bright field, whatever lies below, at least 14 pixels high, inside the picture."""
+    image = draw_boxes(Image.new("RGB", size, colour), [Box("a cat", (0, 0, 1000, 1000)), Box("", (100, 100, 101, 101)), Box("edge", (900, 990, 1000, 1000))])
+    pixels = np.asarray(image).reshape(-1, 3)
+    assert min(image.size) >= 448 and (pixels == (0, 0, 0)).all(-1).sum() > 200 and (pixels == (0xff, 0xd4, 0)).all(-1).sum() > 500
+
+
+@pytest.mark.parametrize("box, size", [
+    ([0, 0, 500, 500], (500, 250)), ([-100, 0, 500, 2000], (500, 500)), ([500, 500, 501, 501], (28, 28)), ([999, 999, 1000, 1000], (28, 28)),
+    ([0.5, 0, 500.7, 1000], (500, 500))])
+def test_the_zoom_crops_inside_the_picture(box, size):
+    assert crop(ref.picture(1000, 500), box).size == size
+
+
+@pytest.mark.parametrize("box", [None, 5, [], [1, 2, 3], ["a", 1, 2, 3], [5, 5, 1, 9], [5, 5, 5, 5], [1000, 0, 1001, 5], [-5, 0, 0, 9],
+                                 [math.nan] * 4, [0, 0, math.inf, 5], [True, 0, 5, 5]])
+def test_the_zoom_refuses_what_is_no_box_in_a_sentence(box):
+    with pytest.raises(InputError, match=r"^.*bbox_2d .*\.$"):
+        crop(ref.picture(100, 50), box)
+
+
+# ------------------------------------------------------------------------------------------------------- 11. run.py
 
 
 def ask(capsys, *args: str) -> tuple[int, str, str]:
@@ -900,6 +1450,14 @@ def test_bad_options_get_one_sentence_and_exit_2(args, words, capsys):
 def test_cuda_is_refused_where_there_is_none(capsys):
     code, out, err = ask(capsys, "--prompt", "Hi", "--device", "cuda")
     assert code == 2 and err == "error: this machine or this build of torch has no cuda device: use --device cpu, or leave it out\n"
+
+
+def test_a_missing_package_is_named(tmp_path):
+    (tmp_path / "sentencepiece.py").write_text("raise ModuleNotFoundError(name='sentencepiece')")
+    out = subprocess.run([sys.executable, "run.py", "--prompt", "Hi"], cwd=HERE, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                         capture_output=True, text=True)
+    assert out.returncode == 2 and out.stdout == "" and out.stderr == (
+        "error: the package sentencepiece is not installed: pip install -r requirements.txt\n")
 
 
 def test_the_answer_alone_goes_to_stdout_and_the_same_seed_gives_the_same(capsys):
@@ -974,7 +1532,274 @@ def test_ctrl_c_keeps_the_text_so_far_and_exits_130():
     assert process.returncode == 130 and first == "A" and out.endswith("\n") and "Traceback" not in err
 
 
-# ---------------------------------------------------------------------------------------------- 10. tiny/ and README
+# ------------------------------------------------------------------------------------------------ 12. conversations
+@pytest.fixture
+def script(monkeypatch):
+    """A stand-in for the model: it generates the texts given to it, one a reply, and records the prompts it was asked."""
+    def play(*texts: str) -> list[str]:
+        prompts, tokenizer, texts = [], Tokenizer(HERE / "tiny"), iter(texts)
+
+        def generate(model, inputs, most, stop=(), *sampling, cache=None):
+            if most == 1:                        # the conversation is only read
+                return
+            prompts.append(tokenizer.decode(inputs.ids.tolist(), tuple(tokenizer.special)))
+            yield from tokenizer.encode(next(texts), control=True)[:most]
+        monkeypatch.setattr(run, "generate", generate)
+        return prompts
+    return play
+
+
+ZOOM_CALL = '<tool_call>\n{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": %s}}\n</tool_call>\n'
+CROPPED = "User: <tool_output>\nPicture {}:<|IMAGE_START|>"
+
+
+def test_the_model_zooms_until_it_answers(script, capsys):
+    prompts = script("Small.\n</think>\n\n" + ZOOM_CALL % "[0, 0, 500, 500]", "Now I see.</think>\n\n" + ZOOM_CALL % "[100, 100, 200, 200]", "x</think>A star.")
+    code, out, err = ask(capsys, "--image", EXAMPLE, "--prompt", "Read it.", "--zoom", "--think")
+    assert (code, out) == (0, "A star.\n") and err.count("zoom to [") == 2
+    assert ZOOM_TOOL["function"]["description"] in prompts[0] and CROPPED.format(2) not in prompts[0]
+    assert CROPPED.format(2) in prompts[1] and CROPPED.format(3) in prompts[2] and "\nSmall.\n</think>" in prompts[1]
+
+
+@pytest.mark.parametrize("box, words", [("[500, 500, 100, 600]", "empty or reversed"), ("[2000, 0, 3000, 10]", "outside"), ('"all"', "four numbers"),
+                                        ("[1, 2]", "four numbers"), ("null", "four numbers")])
+def test_a_zoom_to_nowhere_is_refused_to_the_model(script, capsys, box, words):
+    prompts = script(ZOOM_CALL % box, "I cannot tell.")
+    code, out, err = ask(capsys, "--image", EXAMPLE, "--zoom")
+    assert (code, out) == (0, "I cannot tell.\n") and words in prompts[1].split("<tool_output>")[1]
+
+
+def test_zoom_calls_are_shown_where_nobody_runs_them(script, capsys):
+    script("Let me see.\n" + ZOOM_CALL % "[0, 0, 5, 5]")
+    code, out, err = ask(capsys, "--image", EXAMPLE)
+    assert code == 0 and out.splitlines()[0] == "Let me see." and '"image_zoom_in_tool"' in out.splitlines()[1]
+
+
+def test_zooming_ends(script, capsys):
+    """After --max-zooms the model is told to answer; a call all the same is what the reply is."""
+    prompts = script(*[ZOOM_CALL % "[0, 0, 500, 500]"] * 9)
+    reply = json.loads(ask(capsys, "--image", EXAMPLE, "--zoom", "--max-zooms", "2", "--json")[1])
+    assert len(prompts) == 4 and "There is no zoom left" in prompts[3] and reply["finish_reason"] == "tool_calls" and reply["content"] == ""
+    script(*[ZOOM_CALL % "[0, 0, 500, 500]"] * 9)
+    assert "--max-zooms allows 1" in ask(capsys, "--image", EXAMPLE, "--zoom", "--max-zooms", "1")[2]
+    script(ZOOM_CALL % "[0, 0, 500, 500]", "Nothing.")
+    assert ask(capsys, "--prompt", "Hi", "--zoom")[:2] == (0, "Nothing.\n")             # no picture
+
+
+@pytest.fixture
+def write_json(tmp_path):
+    def write(name: str, value) -> str:
+        (tmp_path / name).write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+        return str(tmp_path / name)
+    return write
+
+
+def test_tool_calls_are_printed_as_json_and_results_go_back_as_messages(script, capsys, write_json):
+    tools = write_json("tools.json", [WEATHER])
+    prompts = script(f"Let me see.\n{CALLED}")
+    code, out, err = ask(capsys, "--prompt", "Weather?", "--tools", tools)
+    said, call = out.splitlines()
+    assert code == 0 and said == "Let me see." and json.loads(call)["function"] == CALL["function"] and '"get_weather"' in prompts[0]
+    script(CALLED)
+    reply = json.loads(ask(capsys, "--prompt", "Weather?", "--tools", tools, "--json")[1])
+    assert reply["finish_reason"] == "tool_calls" and reply["content"] == "" and reply["tool_calls"][0]["function"] == CALL["function"]
+    prompts = script("Sunny.")
+    talk = write_json("talk.json", {"messages": [says("user", "Weather?"), reply, says("tool", "sun", tool_call_id=reply["tool_calls"][0]["id"])],
+                                    "tools": [WEATHER]})
+    assert ask(capsys, "--messages", talk)[:2] == (0, "Sunny.\n")
+    assert prompts[0].endswith(f"Assistant: {CALLED}{END}User: <tool_output>\nsun\n</tool_output>\n\nAssistant: {EMPTY}")
+
+
+@pytest.mark.parametrize("text, thinking, reasoning, rest", REPLIES)
+def test_hostile_replies_never_end_in_a_traceback(script, capsys, text, thinking, reasoning, rest):
+    script(text, "Done.", "Done.")
+    code, out, err = ask(capsys, "--image", EXAMPLE, *["--think"] * thinking, "--zoom", "--json", "--max-new-tokens", "2000")
+    assert code == 0 and set(json.loads(out)) >= {"role", "content", "finish_reason"} and "Traceback" not in err
+
+
+def test_reasoning_is_shown_where_it_is_wanted(script, capsys, monkeypatch):
+    for options, out in (([], "B\n"), (["--show-thinking"], "A\n\nB\n")):
+        script("A\n</think>\n\nB")
+        assert ask(capsys, "--prompt", "Q", "--think", *options)[:2] == (0, out)
+    script("A\n</think>\n\nB")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert ask(capsys, "--prompt", "Q", "--think")[1] == "\033[2mA\033[0m\n\nB\n"
+    script("A, and then the tokens end")
+    reply = json.loads(ask(capsys, "--prompt", "Q", "--think", "--json")[1])
+    assert reply["reasoning_content"] == "A, and then the tokens end" and reply["content"] == ""
+
+
+def test_boxes_are_drawn_and_in_the_json(script, capsys, tmp_path):
+    answer = 'Two: ```json\n[{"bbox_2d": [0, 0, 500, 500], "label": "circle"}, {"bbox_2d": [600, 100, 1000, 1000]}]\n```'
+    out, size = tmp_path / "boxes.png", load_picture(EXAMPLE).size
+    script(answer)
+    code, said, err = ask(capsys, "--image", EXAMPLE, "--boxes", str(out), "--json")
+    assert code == 0 and json.loads(said)["boxes"][0] == {"label": "circle", "bbox": [0, 0, size[0] // 2, size[1] // 2]}
+    assert "drew 2 boxes" in err and min(load_picture(out).size) >= 448
+    script("Nothing.")
+    out.unlink()
+    assert ask(capsys, "--image", EXAMPLE, "--boxes", str(out))[0] == 0 and not out.exists()
+    for path, words in ((tmp_path / "no" / "x.png", "cannot be written"), (tmp_path / "x.nonsense", "end in .png")):
+        script(answer)
+        code, _, err = ask(capsys, "--image", EXAMPLE, "--boxes", str(path))
+        assert code == 2 and words in err.splitlines()[-1]
+    assert "--boxes draws on a picture" in ask(capsys, "--prompt", "Hi", "--boxes", str(out))[2]
+
+
+def chat(capsys, monkeypatch, *lines: str, options: tuple = ()) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    return ask(capsys, "--chat", *options)
+
+
+def test_a_chat_is_the_conversation_that_messages_would_be(capsys, monkeypatch, tmp_path):
+    """A picture in each turn. The cache changes neither logits nor answers, and a turn computes its own tokens alone."""
+    seen, saved = [], tmp_path / "talk.json"
+    real, loaded = ernie_vl.generate, run.load
+
+    @torch.inference_mode()
+    def watched(model, inputs, most, *args, cache=None, **options):
+        done = cache.keep(model.marks(inputs))
+        alone = model(model.rest(inputs, done), copy.deepcopy(cache))[-1:]
+        seen.append((most, len(inputs.ids), done, distance(alone, model(inputs)[-1:]), inputs.ids.tolist()))
+        return real(model, inputs, most, *args, cache=cache, **options)
+    monkeypatch.setattr(run, "generate", watched)
+    star = str(HERE / "examples" / "star.jpg")
+    code, out, err = chat(capsys, monkeypatch, "What is in this picture?", f"/image {star}", "Describe this image.", f"/save {saved}", "/quit",
+                          options=("--image", EXAMPLE, "--prompt", "Describe this image."))
+    assert code == 0 and len(out.splitlines()) == 3 and "error" not in err
+    asked = [turn for turn in seen if turn[0] > 1]
+    assert len(asked) == 3 and max(difference for *_, difference, _ in seen) < 1e-5
+    for (_, length, done, _, ids), (_, settled, _, _, history) in zip(asked[1:], seen[1::2]):
+        assert ids[:settled] == history and done == settled        # all that was said is there; only the new turn is computed
+    again = json.loads(saved.read_text())
+    assert [message["role"] for message in again] == ["user", "assistant"] * 3 and again[4]["content"][1] == {"type": "image", "image": star}
+    (tmp_path / "again.json").write_text(json.dumps(again[:-1]))
+    assert ask(capsys, "--messages", str(tmp_path / "again.json"))[:2] == (0, out.splitlines()[-1] + "\n")
+
+
+def test_chat_commands(script, capsys, monkeypatch, tmp_path):
+    prompts = script("one", "two", "three")
+    lines = ("first", "/image no.png", "/image", "/frobnicate", f"/image {EXAMPLE}", "second", "/reset", "third", "/save /no/such/x", "/quit", "never")
+    code, out, err = chat(capsys, monkeypatch, *lines, options=("--system", "Be brief."))
+    assert (code, out) == (0, "one\ntwo\nthree\n") and len(prompts) == 3
+    assert prompts[1].startswith(f"{BEGIN}Be brief.\nUser: first\nAssistant: one{END}User: secondPicture 1:<|IMAGE_START|>")
+    assert prompts[2] == f"{BEGIN}Be brief.\nUser: third\nAssistant: {EMPTY}"
+    assert [words in err for words in ("no.png does not exist", "needs a file", "/frobnicate is no command", "cannot be written")] == [True] * 4
+
+
+def test_one_tool_alone_is_a_list_of_one(script, capsys, write_json):
+    prompts = script("ok")
+    assert ask(capsys, "--prompt", "Q", "--tools", write_json("t.json", WEATHER))[0] == 0 and '"get_weather"' in prompts[0]
+
+
+def test_in_a_chat_the_person_answers_for_the_tools(script, capsys, monkeypatch, write_json):
+    prompts = script(CALLED, "Sunny.")
+    code, out, err = chat(capsys, monkeypatch, "Weather?", "sun", options=("--tools", write_json("t.json", [WEATHER])))
+    assert code == 0 and out.endswith("\nSunny.\n") and "<tool_output>\nsun\n" in prompts[1]
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(script, capsys, monkeypatch):
+    script("unused")
+    def interrupted(model, inputs, most, *args, **more):
+        if most > 1:
+            yield from Tokenizer(HERE / "tiny").encode("Half an")
+            raise KeyboardInterrupt
+    monkeypatch.setattr(run, "generate", interrupted)
+    code, out, err = chat(capsys, monkeypatch, "q1", "q2")
+    assert (code, out) == (0, "Half an\nHalf an\n")
+
+
+def test_a_picture_waits_for_the_question_that_is_answered(script, capsys, monkeypatch):
+    prompts, fake = script("never", "seen"), run.generate
+    calls = iter([KeyboardInterrupt])
+
+    def generate(model, inputs, most, *args, **more):
+        if most > 1 and (stop := next(calls, None)):
+            raise stop
+        yield from fake(model, inputs, most, *args, **more)
+    monkeypatch.setattr(run, "generate", generate)
+    code, out, err = chat(capsys, monkeypatch, f"/image {EXAMPLE}", "q1", "q2")
+    assert code == 0 and prompts[0].startswith(f"{BEGIN}User: q2Picture 1:")
+
+
+def requests(tmp_path, *lines) -> Path:
+    (tmp_path / "in.jsonl").write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return tmp_path / "in.jsonl"
+
+
+def test_a_batch_answers_every_line_and_goes_on_where_it_stopped(script, capsys, tmp_path):
+    good = {"messages": [user("Q")]}
+    lines = requests(tmp_path, good, "{", "", [user(IMG)], {"messages": "x"}, good, {"tools": [{}], **good}, good)
+    script("a", "b", "c")
+    code, out, err = ask(capsys, "--batch", str(lines), "--out", str(tmp_path / "out.jsonl"))
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert code == 0 and out == "" and [reply["line"] for reply in found] == [1, 2, 4, 5, 6, 7, 8]
+    assert [reply.get("content") for reply in found] == ["a", None, None, None, "b", None, "c"] and err.splitlines()[-1] == "7 of 7 requests, 4 with an error"
+    assert "JSON" in found[1]["error"] and "x.png does not exist" in found[2]["error"]
+    whole = (tmp_path / "out.jsonl").read_text()
+    for cut, redone in ((whole[: whole.index('{"line": 6') + 20], 3), (whole, 0)):      # interrupted within line 6; finished
+        (tmp_path / "out.jsonl").write_text(cut)
+        script(*"xyz"[:redone])
+        assert ask(capsys, "--batch", str(lines), "--out", str(tmp_path / "out.jsonl"))[0] == 0
+        again = [json.loads(line)["line"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert again == [1, 2, 4, 5, 6, 7, 8]
+    script("a", "b", "c")
+    assert len(ask(capsys, "--batch", str(lines))[1].splitlines()) == 7                 # to stdout
+
+
+def test_a_batch_destroys_nothing_and_takes_any_text(script, capsys, tmp_path):
+    notes, lines = tmp_path / "notes.txt", requests(tmp_path, {"messages": [says("user", "a\u2028b")]}, '{"messages": [{"role": "user", "content": ["text"]}]}')
+    notes.write_text("precious")
+    for out in (notes, lines):
+        before = out.read_text()
+        code, _, err = ask(capsys, "--batch", str(lines), "--out", str(out))
+        assert code == 2 and "name another file" in err and out.read_text() == before
+    lines.write_text('{"messages": [{"role": "user", "content": "a\u2028b"}]}\n' + json.dumps({"messages": [user(IMG, "\ud800")]}).replace("x.png", "\\ud800\u2028.png") + "\n", encoding="utf-8")
+    for turn in range(2):
+        script("ok\u2028")
+        assert ask(capsys, "--batch", str(lines), "--out", str(tmp_path / "o"))[0] == 0
+        found = [json.loads(line) for line in (tmp_path / "o").read_text(encoding="utf-8").split("\n")[:-1]]
+        assert [reply["line"] for reply in found] == [1, 2] and found[0]["content"] == "ok\u2028" and "cannot be read" in found[1]["error"]
+
+
+def test_pictures_come_as_data_uris_and_in_openai_messages(capsys, write_json):
+    uri = "data:image/png;base64," + base64.b64encode(Path(EXAMPLE).read_bytes()).decode()
+    expected = ask(capsys, "--image", EXAMPLE)[1]
+    for url in (uri, EXAMPLE, f"file://{EXAMPLE}"):
+        content = [{"type": "text", "text": "Describe this image."}, {"type": "image_url", "image_url": {"url": url}}]
+        assert ask(capsys, "--messages", write_json("m.json", [{"role": "user", "content": content}]))[:2] == (0, expected)
+
+
+def test_pictures_and_clips_keep_their_order(script, capsys, tmp_path):
+    prompts, (clip, *_) = script("ok"), write_clip("gif", tmp_path, 3)
+    code, out, err = ask(capsys, "--video", str(clip), "--image", EXAMPLE, "--video", str(clip), "--max-pixels", "3136")
+    assert code == 0 and re.findall(r"(\w+ \d):<", prompts[0]) == ["Video 1", "Picture 1", "Video 2"] and "3 frames 120 x 90 -> " in err
+
+
+@pytest.mark.parametrize("name, content, option, words", [
+    ("m.json", "{", "--messages", "no valid JSON"), ("m.json", "[]", "--messages", "list of messages"), ("m.json", b"\xff\xfe\xff", "--messages", "no UTF-8"),
+    ("m.json", '[{"role": "robot"}]', "--messages", "'robot'"), ("m.json", '[{"role": "assistant", "content": "A"}]', "--messages", "asks nothing"), (None, "", "--messages", "cannot be read"), (None, "", "--batch", "cannot be read"),
+    ("t.json", '[{"function": {}}]', "--tools", "has no name"), ("t.json", '{"messages": []}', "--tools", "are a list"), ("t.json", "{", "--tools", "no valid JSON"), ("t.json", "5", "--tools", "are a list"),
+    ("m.json", '[{"role": "user", "content": [{"type": "image", "image": "https://x/y.png"}]}]', "--messages", "nothing is downloaded"),
+    ("m.json", '[{"role": "user", "content": [{"type": "image", "image": "data:image/png;base64,abc"}]}]', "--messages", "picture")])
+def test_files_that_are_no_requests_get_one_sentence(capsys, tmp_path, name, content, option, words):
+    path = tmp_path / (name or "missing")
+    if name:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, out, err = ask(capsys, option, str(path), *(["--prompt", "Hi"] if option == "--tools" else []))
+    assert code == 2 and out == "" and words in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--chat", "--batch", "x"], "different things"), (["--messages", "x", "--prompt", "y"], "whole conversations"), (["--prompt", "x", "--out", "y"], "--out goes with"),
+    (["--chat", "--json"], "for one reply"), (["--video", "x", "--fps", "0"], "0.001 or more"), (["--video", "x", "--max-frames", "0"], "1 or more"),
+    (["--video", "no/such.gif"], "does not exist"), (["--zoom"], "nothing to answer")])
+def test_options_that_do_not_go_together(capsys, args, words):
+    code, out, err = ask(capsys, *args)
+    assert code == 2 and out == "" and words in err and err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------- 13. tiny/ and README
 def test_tiny_describes_pictures_it_never_saw():
     """20 fresh pictures a skill; tiny/README.md says what it gets of more. The bar is lower, so that the test is not flaky."""
     right = re.findall(r"(\w+) (\d+) of 20", train.evaluate(20))
@@ -1008,7 +1833,7 @@ def test_the_readme_prints_what_the_program_prints(capsys, monkeypatch):
     assert checked >= 1
 
 
-# ------------------------------------------------------------------------- 11. live, where transformers is installed
+# ------------------------------------------------------------------------- 14. live, where transformers is installed
 @pytest.fixture(scope="module")
 def transformers():
     return pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers==5.23.0 to compare live")
@@ -1022,7 +1847,7 @@ def media(prompt: str) -> list[torch.Tensor]:
                                   (97, 1033), (2500, 2300), (4000, 700), (28, 112)])
 def test_transformers_makes_the_same_patches(transformers, size):
     theirs, grid = ref.their_patches([ref.picture(*size)])
-    patches, ours = patchify(ref.picture(*size))
+    patches, ours = patchify([ref.picture(*size)])
     assert grid[0].tolist() == list(ours) and (patches - theirs).abs().max() <= 1e-6
 
 
@@ -1066,7 +1891,7 @@ def test_transformers_opens_tiny_and_says_the_same(transformers):
     assert grid.tolist() == [list(g) for g in prompt.grids] and (theirs - prompt.patches).abs().max() <= 1e-6
 
 
-# --------------------------------------------------------------------------- 12. the file says what it does, and is short
+# --------------------------------------------------------------------------- 15. the file says what it does, and is short
 def execute(source: str) -> types.ModuleType:
     sys.modules["edited"] = module = types.ModuleType("edited")
     exec(compile(source, "<ernie_vl>", "exec"), module.__dict__)
@@ -1111,7 +1936,6 @@ MISTAKES = {  # old text -> new text; each was made by a port of this model, or 
     "tanh GELU in the resampler": ("nn.GELU()", 'nn.GELU("tanh")'),
     "a picture paired with zeros": ("(frames, frames) if", "(frames, 0 * frames) if"),
     "odd and even frames swapped": ("(frames[0::2], frames[1::2])", "(frames[1::2], frames[0::2])"),
-    "first half paired with second": ("(frames[0::2], frames[1::2])", "frames.chunk(2)"),
     "after_norm forgotten": ("self.after_norm(", "("),
 }
 
@@ -1223,7 +2047,7 @@ def test_the_model_is_short_and_imports_torch_alone():
     tree = ast.parse(SOURCE)
     imported = {name.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"torch", "dataclasses", "math", "typing"} and len(SOURCE.splitlines()) <= 600
+    assert imported == {"torch", "dataclasses", "hashlib", "math", "typing"} and len(SOURCE.splitlines()) <= 600
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert [f.name for f in functions if f.end_lineno - f.lineno >= 40] == []
     assert [phrase for phrase in ("**kwargs", "strict=False", "getattr(cfg") if phrase in SOURCE] == []

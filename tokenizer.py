@@ -13,11 +13,13 @@ import contextlib
 import io
 import json
 import math
+import operator
 import re
+import urllib.parse
 import uuid
 import warnings
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -53,9 +55,9 @@ class Tokenizer:
         self.settings = read_json(self.folder / "tokenizer_config.json", {})
         try:
             self.special = self.read_special()
-            self.names = {range(10**7)[id]: name for name, id in self.special.items()}      # only whole numbers will do
+            self.names = {operator.index(id): name for name, id in self.special.items()}
             eos = read_json(self.folder / "generation_config.json", {}).get("eos_token_id") or []
-            self.stop = {range(10**7)[id] for id in (eos if isinstance(eos, list) else [eos])}
+            self.stop = {operator.index(id) for id in (eos if isinstance(eos, list) else [eos])}
         except (TypeError, AttributeError, LookupError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -192,15 +194,14 @@ def render(messages: list[dict], style: Style, think: bool | None = None, tools:
         if role != "tool" or before != "tool":       # results of several calls share a turn
             parts += {"user": ["User: "], "tool": ["User: "], "assistant": ["\nAssistant: "], "system": []}[role]
         if thought:
-            opening, closing = style.history.split("{}")
-            parts += [*literal(opening), thought, *literal(closing)]
+            parts += around(style.history, thought)
         content = render_items(message["content"], style, counts)
-        parts += [*literal("<tool_output>\n"), *content, *literal("\n</tool_output>\n")] if role == "tool" else content
+        parts += around("<tool_output>\n{}\n</tool_output>\n", *content) if role == "tool" else content
         for call in message.get("tool_calls", ()):
             function = {"name": call["function"]["name"], "arguments": json.loads(call["function"]["arguments"])}
-            parts += [*literal("<tool_call>\n"), json.dumps(function, ensure_ascii=False), *literal("\n</tool_call>\n")]
+            parts += around("<tool_call>\n{}\n</tool_call>\n", json.dumps(function, ensure_ascii=False))
         if role == "system" and tools:
-            parts += [*literal("\n<tool_list>\n"), json.dumps(tools, ensure_ascii=False), *literal("\n</tool_list>\n")]
+            parts += around("\n<tool_list>\n{}\n</tool_list>\n", json.dumps(tools, ensure_ascii=False))
             tools = ()
         parts += {"assistant": literal("<|end_of_sentence|>"), "system": ["\n"]}.get(role, [])
         before = role
@@ -208,6 +209,11 @@ def render(messages: list[dict], style: Style, think: bool | None = None, tools:
     if thinks and not style.thinking:
         raise InputError("this checkpoint was not taught to think before it answers: ask it without --think")
     return [*parts, "\nAssistant: ", *literal(style.thinking if thinks else style.silent)] if ask else parts
+
+
+def around(template: str, *inside: str) -> list[str]:
+    opening, closing = template.split("{}")
+    return [*literal(opening), *inside, *literal(closing)]
 
 
 def render_items(content: list[dict], style: Style, counts: dict[str, int]) -> list[str]:
@@ -233,13 +239,15 @@ def load_picture(source: str | Path) -> Image.Image:
 
 def opened(source: str | Path) -> Path | io.BytesIO:
     """What pillow and PyAV open: a path, or the bytes of a data URI. Nothing is downloaded."""
+    if not source:
+        raise InputError("no file is named")
     if not isinstance(source, str) or not re.match(r"(data|https?|file):", source):
         return Path(source)
     scheme, _, rest = source.partition(":")
     if scheme.startswith("http"):
         raise InputError("nothing is downloaded here: save it in a file, and give the path")
     if scheme == "file":
-        return Path(rest.removeprefix("//"))
+        return Path(urllib.parse.unquote(rest.removeprefix("//")))
     head, _, data = rest.partition(",")
     if not head.endswith(";base64"):
         raise InputError("a data URI must begin like data:image/png;base64,")
@@ -302,11 +310,11 @@ def fit_size(height: int, width: int, min_pixels: int = MIN_PIXELS, max_pixels: 
     return h, w
 
 
-def patchify(image: Image.Image, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> tuple[Tensor, tuple]:
-    """An RGB picture -> patches (h*w, 588), each colour by colour and row by row, and the grid (1, h, w). The patches of a
-    2 x 2 block stand side by side, as `ernie_vl.patch_cells` draws."""
-    height, width = fit_size(image.height, image.width, min(min_pixels, max_pixels), max_pixels)
-    return cut(image, height, width), (1, height // PATCH, width // PATCH)
+def patchify(frames: list[Image.Image], min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> tuple[Tensor, tuple]:
+    """A picture, or the frames of a clip as large as the first -> patches (t*h*w, 588), each colour by colour and row by row,
+    and the grid (t, h, w). The patches of a 2 x 2 block stand side by side, as `ernie_vl.patch_cells` draws."""
+    height, width = fit_size(frames[0].height, frames[0].width, min(min_pixels, max_pixels), max_pixels)
+    return torch.cat([cut(frame, height, width) for frame in frames]), (len(frames), height // PATCH, width // PATCH)
 
 
 def cut(image: Image.Image, height: int, width: int) -> Tensor:                            # -> (h*w, 588)
@@ -359,6 +367,10 @@ def read_clip(source: str | Path, fps: float = 2.0, most: int = 180) -> Clip:
             count, rate, frames = read_film(file)
         wanted = choose_frames(count, rate, fps, most) if count else []
         found = dict(frames(wanted))
+        if not found and reader is read_animation:        # pillow knows the name of a kind that it cannot read, as MPEG-1
+            count, rate, frames = read_film(file)
+            wanted = choose_frames(count, rate, fps, most)
+            found = dict(frames(wanted))
         if not found:
             raise InputError("no frame of it can be decoded: is it a clip, or a folder of numbered pictures?")
     return Clip(list(found.values()), [index / rate for index in found], len(wanted) - len(found))
@@ -401,6 +413,8 @@ def read_film(file: Path | io.BytesIO) -> tuple[int, float, Callable]:
         import av
     except ImportError:
         raise InputError("a clip of this kind is read by PyAV, which is not installed: pip install av") from None
+    if isinstance(file, io.BytesIO):
+        file.seek(0)                         # pillow has looked at it
     container = av.open(file if isinstance(file, io.BytesIO) else str(file))
     if not container.streams.video:
         raise InputError("there are no pictures in it")
@@ -423,7 +437,7 @@ def read_film(file: Path | io.BytesIO) -> tuple[int, float, Callable]:
                     return
                 except av.FFmpegError:           # a damaged stretch: go on behind it
                     errors, decoded = errors + 1, container.decode(stream)
-                    if errors > FAR:
+                    if errors > count:
                         return
             yield index, frame.to_image().rotate(frame.rotation, expand=True)
     return count, rate, frames
@@ -445,14 +459,6 @@ def timestamp(seconds: float) -> str:
     return f"time: {int(seconds // 3600):02d}:{int(seconds % 3600 // 60):02d}:{seconds % 60:05.2f}"     # 59.996 makes 60.00
 
 
-def patchify_clip(clip: Clip, folder: Path, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple]:
-    """Stamped frames -> patches (t*h*w, 588) and the grid (t, h, w). t is even: the last frame may be there twice."""
-    frames = [stamp(frame, seconds, folder) for frame, seconds in zip(clip.frames, clip.times)]
-    frames += frames[-1:] * (len(frames) % TEMPORAL_MERGE)
-    height, width = fit_size(frames[0].height, frames[0].width, min(min_pixels, max_pixels), max_pixels)
-    return torch.cat([cut(frame, height, width) for frame in frames]), (len(frames), height // PATCH, width // PATCH)
-
-
 # ---------------------------------------------------------------------------------------- 5. conversation -> prompt
 class Media(NamedTuple):
     """A picture or clip that has been read. It may stand in a message in place of its path."""
@@ -472,6 +478,9 @@ class Prompt(NamedTuple):
     grids: list[tuple]          # one (t, h, w) a picture or clip
 
 
+KINDS = "text", "image", "image_url", "video", "video_url"
+
+
 def read_messages(messages: list[dict]) -> list[dict]:
     """A conversation in the format of OpenAI's and Hugging Face's chats -> the same, spelled in one way.
 
@@ -486,10 +495,11 @@ def read_messages(messages: list[dict]) -> list[dict]:
 
 def read_message(message: dict) -> dict:
     role, content, thought = message.get("role"), message.get("content"), message.get("reasoning_content")
+    role = "system" if role == "developer" else role          # OpenAI's newer word
     if role not in ("system", "user", "assistant", "tool"):
         raise InputError(f"a message has the role {role!r}, and system, user, assistant and tool are known")
-    if role == "tool" and not (isinstance(content, list) and all(isinstance(item, dict) and "type" in item for item in content)):
-        content = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    if role == "tool" and not isinstance(content, str | None) and not is_items(content):
+        content = json.dumps(content, ensure_ascii=False)         # training data has lists of JSON results
     content = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
     if not isinstance(content, list):
         raise InputError(f"the content of a message is a text or a list of items, and this is {content!r}")
@@ -506,11 +516,15 @@ def read_message(message: dict) -> dict:
     return out | {key: message[key] for key in ("tool_call_id",) if key in message}
 
 
+def is_items(content) -> bool:
+    return isinstance(content, list) and all(isinstance(item, dict) and item.get("type") in KINDS for item in content)
+
+
 def read_item(item: dict) -> dict:
-    kind = item.get("type") if isinstance(item, dict) else item
+    kind, item = (item.get("type"), item) if isinstance(item, dict) else (item, {})
     if kind == "text" and isinstance(item.get("text"), str):
         return {"type": "text", "text": item["text"]}
-    if kind in ("image", "image_url", "video", "video_url"):
+    if kind in KINDS:
         source = next((item[key] for key in (kind, "url", "path") if item.get(key) is not None), None)
         source = source.get("url") if isinstance(source, dict) else source
         if isinstance(source, (str, Path, Image.Image, Clip, Media)):
@@ -519,20 +533,19 @@ def read_item(item: dict) -> dict:
 
 
 def read_call(call: dict) -> dict:
-    function = call.get("function") if isinstance(call, dict) else None
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    try:
-        arguments = json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
-        if isinstance(function["name"], str) and isinstance(arguments, dict):
-            return tool_call(function["name"], arguments, call.get("id"))
-    except (TypeError, KeyError, ValueError, RecursionError):
-        pass
+    with contextlib.suppress(TypeError, AttributeError, KeyError, ValueError, RecursionError):
+        return tool_call(call["function"], call.get("id"))
     raise InputError('a tool call looks like {"type": "function", "function": {"name": "f", "arguments": "{\\"x\\": 1}"}}')
 
 
-def tool_call(name: str, arguments: dict, id: str | None = None) -> dict:
+def tool_call(function: dict, id: str | None = None) -> dict:
+    """{"name": ..., "arguments": an object, or JSON of one} -> a call as OpenAI writes it. Raises ValueError and its like."""
+    arguments = function.get("arguments") or {}
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(function["name"], str) or not isinstance(arguments, dict):
+        raise ValueError("no call")
     return {"id": id or f"call_{uuid.uuid4().hex[:12]}", "type": "function",
-            "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+            "function": {"name": function["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}}
 
 
 def read_tools(tools: list[dict]) -> list[dict]:
@@ -554,31 +567,25 @@ def load_media(messages: list[dict], folder: Path, max_pixels: int | None = None
     for item in (item for message in messages for item in message["content"]):
         kind = item["type"]
         if kind != "text" and not isinstance(item[kind], Media):
-            item[kind] = (load_image if kind == "image" else load_video)(item[kind], *options)
+            item[kind] = load_item(kind, item[kind], *options)
             seen(item[kind])
     return messages
 
 
-def load_image(source: str | Path | Image.Image, folder: Path, max_pixels: int | None, *_) -> Media:
-    image = to_rgb(source) if isinstance(source, Image.Image) else load_picture(source)
-    fewest, most = pixel_budget(folder)
-    with refusing(source, "picture"):
-        patches, grid = patchify(image, fewest, min(most, max_pixels or most))
-    return Media(source, image, patches, grid, resized(image, grid))
-
-
-def load_video(source: str | Path | Clip, folder: Path, max_pixels: int | None, fps: float, max_frames: int) -> Media:
-    clip = source if isinstance(source, Clip) else read_clip(source, fps, max_frames)
-    fewest, most = pixel_budget(folder, "video")
-    with refusing(source, "clip"):
-        patches, grid = patchify_clip(clip, folder, fewest, min(most, max_pixels or most))
-    lost = f" ({clip.lost} more could not be decoded)" if clip.lost else ""
-    return Media(source, clip.frames[0], patches, grid, f"{len(clip.frames)} frames{lost} {resized(clip.frames[0], grid)}")
-
-
-def resized(image: Image.Image, grid: tuple) -> str:
-    t, h, w = grid
-    return f"{image.width} x {image.height} -> {w * PATCH} x {h * PATCH} -> {math.prod(merged(grid)):,} tokens"
+def load_item(kind: str, source: str | Path | Image.Image | Clip, folder: Path, max_pixels: int | None, fps: float, max_frames: int) -> Media:
+    (fewest, most), note = pixel_budget(folder, kind), ""
+    if kind == "image":
+        frames = [to_rgb(source) if isinstance(source, Image.Image) else load_picture(source)]
+    else:
+        clip = source if isinstance(source, Clip) else read_clip(source, fps, max_frames)
+        frames = [stamp(frame, seconds, folder) for frame, seconds in zip(clip.frames, clip.times)]
+        frames += frames[-1:] * (len(frames) % TEMPORAL_MERGE)          # an even number: the last one may be there twice
+        note = f"{len(clip.frames)} frame{'s' * (len(clip.frames) != 1)}" + (f" ({clip.lost} more could not be decoded) " if clip.lost else " ")
+    with refusing(source, "picture" if kind == "image" else "clip"):
+        patches, grid = patchify(frames, fewest, min(most, max_pixels or most))
+    image, (_, h, w) = frames[0], grid
+    note += f"{image.width} x {image.height} -> {w * PATCH} x {h * PATCH} -> {math.prod(merged(grid)):,} tokens"
+    return Media(source, image, patches, grid, note)
 
 
 def encode_chat(tokenizer: Tokenizer, messages: list[dict], think: bool | None = None, tools: list[dict] = (),
@@ -619,8 +626,8 @@ class Reply:
     vision-language models do not use it."""
 
     def __init__(self, thinking: bool):
-        self.state, self.waiting = "reasoning" if thinking else "content", ""
-        self.reasoning, self.content, self.tool_calls = "", "", []
+        self.state, self.waiting, self.newlines = "reasoning" if thinking else "content", "", ""
+        self.said, self.tool_calls = {"reasoning": "", "content": ""}, []
 
     def push(self, text: str, final: bool = False) -> Iterator[tuple[str, str]]:
         """Yields ("reasoning" | "content", text) and ("tool_call", JSON of the call)."""
@@ -631,11 +638,18 @@ class Reply:
                 self.tool_calls.append(said)
                 yield kind, json.dumps(said, ensure_ascii=False)
             elif said:
-                setattr(self, kind, getattr(self, kind) + said)
+                self.said[kind] += said
                 yield kind, said
 
+    def follow(self, tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[tuple[str, str]]:
+        """The same for generated ids, until they end."""
+        stream = Stream(tokenizer, tokenizer.shown)
+        for id in ids:
+            yield from self.push(stream.push(id))
+        yield from self.push(stream.flush(), final=True)
+
     def think(self, final: bool) -> tuple | None:
-        if not self.reasoning:
+        if not self.said["reasoning"]:
             self.waiting = self.waiting.lstrip("\n").removeprefix("<think>").lstrip("\n")
             if self.waiting.startswith("<tool_call>"):       # the model called without closing a thought
                 self.state = "content"
@@ -643,9 +657,9 @@ class Reply:
         return self.until("</think>", "content", final)
 
     def speak(self, final: bool) -> tuple | None:
-        if not self.content:
+        if not self.said["content"]:
             self.waiting = self.waiting.lstrip("\n")
-            if not self.reasoning and self.waiting.startswith("<think>"):      # the prompt did not open it
+            if not self.said["reasoning"] and self.waiting.startswith("<think>"):      # the prompt did not open it
                 self.state = "reasoning"
                 return "content", ""
         return self.until("<tool_call>", "tool_call", final)
@@ -654,19 +668,22 @@ class Reply:
         """What is certainly before the tag; when the tag is there, the state behind it begins."""
         state, (before, found, behind) = self.state, self.waiting.partition(tag)
         if found:
-            self.state, self.waiting = then, behind
+            self.state, self.waiting, self.newlines = then, behind, before[len(before.rstrip("\n")) :]
             return state, before.rstrip("\n")
-        tags = (tag, "<think>", "<tool_call>")[: 1 if getattr(self, state) else 3]
-        held = next((i for i in range(len(before)) if any(tag.startswith(before[i:]) for tag in tags)), len(before))
-        held = len(before) if final else len(before[:held].rstrip("\n"))
-        said, self.waiting = before[:held], before[held:]
+        tags = (tag,) if self.said[state] else (tag, "<think>", "<tool_call>")        # opening tags count only at the beginning
+        maybe = next((i for i in range(len(before)) if any(t.startswith(before[i:]) for t in tags)), len(before))
+        certain = before if final else before[:maybe].rstrip("\n")
+        self.waiting = before[len(certain) :]
         if final and (state == "reasoning" or self.tool_calls):
-            said = said.rstrip("\n")
-        return (state, said) if said else None
+            certain = certain.rstrip("\n")
+        return (state, certain) if certain else None
 
     def call(self, final: bool) -> tuple | None:
         """A call ends at </tool_call>, unless that stands in a string of its JSON. One that is no call is text after all."""
-        ends = [match.span() for match in re.finditer("</tool_call>", self.waiting)]
+        text, ends = f"{self.newlines}<tool_call>", [match.span() for match in re.finditer("</tool_call>", self.waiting)]
+        if self.waiting.strip() and self.waiting.lstrip()[0] not in '{"':
+            self.state = "content"
+            return "content", text
         for begin, end in ends:
             found, unfinished = parse_call(self.waiting[:begin])
             if found:
@@ -679,39 +696,35 @@ class Reply:
                 return None
         begin, end = ends[0] if ends else (len(self.waiting),) * 2
         found, _ = parse_call(self.waiting[:begin], whole=bool(ends))
-        text, self.state, self.waiting = f"<tool_call>{self.waiting[:end]}", "content", self.waiting[end:]
+        text, self.state, self.waiting = text + self.waiting[:end], "content", self.waiting[end:]
         return ("tool_call", found) if found else ("content", text)
 
     def message(self) -> dict:
         """The reply as a message of OpenAI's format."""
-        out = {"role": "assistant", "content": self.content}
-        out |= {"reasoning_content": self.reasoning} if self.reasoning else {}
+        out = {"role": "assistant", "content": self.said["content"], "reasoning_content": self.said["reasoning"]}
         return out | ({"tool_calls": self.tool_calls} if self.tool_calls else {})
 
 
 def parse_call(text: str, whole: bool = True) -> tuple[dict | None, bool]:
     """JSON of a call -> the call, or None and whether it breaks off inside a string. An outer brace that a model forgot is
     put back, if the call was closed."""
-    text = text.strip()
-    if whole:
-        text = ("" if text.startswith("{") else "{") + text + ("" if text.endswith("}") else "}")
-    try:
-        call = json.loads(text, strict=False)        # models write newlines into strings
-        if isinstance(call["name"], str):
-            arguments = call["arguments"]
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            return tool_call(call["name"], arguments if isinstance(arguments, dict) else {}), False
-    except json.JSONDecodeError as error:
-        return None, error.msg.startswith("Unterminated string")
-    except (TypeError, KeyError, ValueError, RecursionError):
-        pass
-    return None, False
+    unfinished = False
+    for front, back in (("", ""), ("{", ""), ("", "}"), ("{", "}"))[: 4 if whole else 1]:
+        try:
+            call = json.loads(front + text.strip() + back, strict=False)        # models write newlines into strings
+            return tool_call({"name": call["name"], "arguments": call["arguments"]}), False
+        except json.JSONDecodeError as error:
+            unfinished |= error.msg.startswith("Unterminated string")
+        except (TypeError, KeyError, ValueError, RecursionError):
+            return None, False
+    return None, unfinished
 
 
 # -------------------------------------------------------------------------------------------- 7. boxes, and the zoom
 BOX_KEYS = ("bbox_2d", "bbox", "box", "pos")
 LABEL_KEYS = ("label", "name", "text", "ref")
-LOCATED = re.compile(r"(?:<ref>(.*?)</ref>\s*)?(?:<box>(.*?)</box>|<\|LOC_BEGIN\|>(.*?)<\|LOC_END\|>)", re.S)
+CHINESE_FONTS = "NotoSansCJK-Regular.ttc", "PingFang.ttc", "msyh.ttc", "wqy-microhei.ttc", "DroidSansFallback.ttf"
+LOCATED = re.compile(r"(?:<ref>([^<]*)</ref>\s*)?(?:<box>(.*?)</box>|<\|LOC_BEGIN\|>(.*?)<\|LOC_END\|>)", re.S)
 ZOOM_TOOL = {"type": "function", "function": {
     "name": "image_zoom_in_tool",
     "description": "Zoom in on a part of the picture: crops it to a bounding box, with an optional label of what is there.",
@@ -728,7 +741,7 @@ class Box(NamedTuple):
 
     def pixels(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """In a picture of (width, height): int(v / 1000 * side), as Baidu restores them, and inside the picture."""
-        return tuple(min(max(int(v / 1000 * side), 0), side) for v, side in zip(self.corners, size * 2))
+        return tuple(int(min(max(v / 1000, 0), 1) * side) for v, side in zip(self.corners, size * 2))
 
 
 def find_boxes(text: str) -> list[Box]:
@@ -756,7 +769,7 @@ def boxes_in(value, label: str = "") -> list[Box]:
         value = next(([value[key]] for key in BOX_KEYS if key in value), list(value.values()))
     if not isinstance(value, list):
         return []
-    if len(value) == 4 and all(type(v) in (int, float) and 0 <= v <= 1000 for v in value):
+    if len(value) == 4 and all(type(v) in (int, float) and 0 <= v <= 1100 for v in value):
         x1, y1, x2, y2 = value
         return [Box(label, (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))]
     return [box for part in value for box in boxes_in(part, label)]
@@ -768,20 +781,31 @@ def draw_boxes(image: Image.Image, boxes: list[Box]) -> Image.Image:
     scale = max(1, math.ceil(448 / min(image.size)))
     image = image.resize((image.width * scale, image.height * scale), Image.LANCZOS)
     draw, size = ImageDraw.Draw(image), max(14, min(image.size) // 32)
-    font, line = ImageFont.load_default(size), max(2, size // 6)
+    line = max(2, size // 6)
     for i, box in enumerate(boxes):
         colour = ("#ffd400", "#00e5ff", "#ff7ad9", "#7dff5a", "#ff9a3c", "#c3a6ff")[i % 6]
         x1, y1, x2, y2 = box.pixels(image.size)
         for width, paint in ((2 * line, "black"), (line, colour)):
             draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=paint, width=width)
         if box.label:
-            left, top, right, bottom = draw.textbbox((0, 0), box.label, font=font)
+            label, font = box.label, label_font(box.label, size)
+            while len(label) > 1 and draw.textlength(label, font) > image.width - size:
+                label = f"{label[:-2]}…"
+            left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
             width, height = right - left + size // 2, bottom - top + size // 2
             x = max(0, min(x1, image.width - width))
             y = y1 - height if y1 >= height else min(y1, image.height - height)
             draw.rectangle((x, y, x + width, y + height), fill=colour)
-            draw.text((x + size // 4 - left, y + size // 4 - top), box.label, fill="black", font=font)
+            draw.text((x + size // 4 - left, y + size // 4 - top), label, fill="black", font=font)
     return image
+
+
+def label_font(label: str, size: int) -> ImageFont.FreeTypeFont:
+    """pillow's own font has no Chinese; the usual systems' fonts have."""
+    for name in CHINESE_FONTS if not label.isascii() else ():
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
 
 
 def crop(image: Image.Image, box) -> Image.Image:
