@@ -277,7 +277,7 @@ def main() -> None:
     print(f"""# What the benchmark printed
 
 `python bench/bench.py --blocks {args.blocks} --steps {args.steps} --threads {args.threads}`, torch {torch.__version__}, transformers {transformers.__version__}, on
-{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), {args.threads} threads. It reads {speed['read']:.1f} GB/s, and multiplies {speed['torch.float32']:.0f} GFLOP/s in fp32 and
+{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), {args.threads} thread{"s" * (args.threads > 1)}. It reads {speed['read']:.1f} GB/s, and multiplies {speed['torch.float32']:.0f} GFLOP/s in fp32 and
 {speed['torch.bfloat16']:.0f} in bf16.
 
 Medians of {args.blocks} blocks, their spread, and how many times faster than the fastest transformers of that row; int8 and int4 are ours,
