@@ -1247,6 +1247,11 @@ def test_a_clip_in_the_prompt(tokenizer, small_clips):
     assert own.decode(prompt.ids) == "User: Video 1:\nAssistant: \n\n\n\n"
 
 
+def test_the_bundled_checkpoint_takes_a_clip(capsys):
+    code, out, err = ask(capsys, "--video", str(HERE / "examples" / "moving.gif"), "--max-new-tokens", "5")
+    assert code == 0 and out.endswith("\n") and "6 frames 168 x 126 -> 560 x 420 -> 900 tokens" in err
+
+
 def test_small_frames_are_enlarged_and_tiny_ones_not_stamped():
     frame = moving(1, (64, 64))[0]
     (item,) = load_media([{"role": "user", "content": [{"type": "video", "video": Clip([frame], [0.0])}]}], HERE / "reference")[0]["content"]

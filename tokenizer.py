@@ -764,7 +764,7 @@ def boxes_in(value, label: str = "") -> list[Box]:
         value = next(([value[key]] for key in BOX_KEYS if key in value), list(value.values()))
     if not isinstance(value, list):
         return []
-    if len(value) == 4 and all(type(v) in (int, float) and 0 <= v <= 1100 for v in value):
+    if len(value) == 4 and all(type(v) in (int, float) and 0 <= v <= 1100 for v in value):      # models overshoot the edge
         x1, y1, x2, y2 = value
         return [Box(label, (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))]
     return [box for part in value for box in boxes_in(part, label)]
