@@ -303,8 +303,8 @@ class QuantizedLinear(nn.Module):
 
 
 class ThroughFP32(nn.Linear):
-    """A bf16 layer on a CPU without bf16 instructions, which most laptops have: from 4 rows on its products are faster in
-    fp32, the weights' conversion included (7 times at 64 rows, measured with AVX2), and no less exact."""
+    """A bf16 layer on a CPU without bf16 instructions: from 4 rows on its products are faster in fp32, the conversion of the
+    weights included (7 times at 64 rows, measured with AVX2), and no less exact."""
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) < 4:

@@ -336,6 +336,16 @@ def test_a_cache_is_used_as_far_as_the_prompts_agree(model, change, kept):
     assert distance(model(model.rest(after, done), cache), model(after)[done:]) < 1e-5
 
 
+@torch.inference_mode()
+def test_a_picture_at_the_end_of_a_prompt_is_not_kept_in_half(model):
+    grid, patches, cache = ref.GRIDS["wide"], REFERENCE["patches.wide"], model.new_cache()
+    inputs = model.prepare([1, 2, 12, *[10] * (grid[1] * grid[2] // 4)], patches, [grid])
+    for turn in range(2):
+        (token,) = generate(model, inputs, 1, stop=(), cache=cache)
+        assert token == int(model(inputs)[-1].argmax())
+    assert cache.keep(model.marks(inputs)) == 3
+
+
 def test_the_model_keeps_no_state_and_only_last_is_the_last_row(model):
     first, mixed = model(prepared(model, "text")), prepared(model, "mixed")
     list(generate(model, mixed, 3, stop=()))
@@ -1248,6 +1258,11 @@ def test_a_clip_in_the_prompt(tokenizer, small_clips):
     assert own.decode(prompt.ids) == "User: Video 1:\nAssistant: \n\n\n\n"
 
 
+def test_the_bundled_checkpoint_takes_a_clip(capsys):
+    code, out, err = ask(capsys, "--video", str(HERE / "examples" / "moving.gif"), "--max-new-tokens", "5")
+    assert code == 0 and out.endswith("\n") and "6 frames 168 x 126 -> 560 x 420 -> 900 tokens" in err
+
+
 def test_small_frames_are_enlarged_and_tiny_ones_not_stamped():
     frame = moving(1, (64, 64))[0]
     (item,) = load_media([{"role": "user", "content": [{"type": "video", "video": Clip([frame], [0.0])}]}], HERE / "reference")[0]["content"]
@@ -1751,9 +1766,10 @@ def test_a_batch_answers_every_line_and_goes_on_where_it_stopped(script, capsys,
 def test_a_batch_destroys_nothing_and_takes_any_text(script, capsys, tmp_path):
     notes, lines = tmp_path / "notes.txt", requests(tmp_path, {"messages": [says("user", "a\u2028b")]}, '{"messages": [{"role": "user", "content": ["text"]}]}')
     notes.write_text("precious")
-    for out in (notes, lines):
+    (tmp_path / "replies.jsonl").write_text('{"line": 1, "messages": [{"role": "user", "content": "Q"}]}\n')
+    for given, out in ((lines, notes), (lines, lines), (tmp_path / "replies.jsonl",) * 2):
         before = out.read_text()
-        code, _, err = ask(capsys, "--batch", str(lines), "--out", str(out))
+        code, _, err = ask(capsys, "--batch", str(given), "--out", str(out))
         assert code == 2 and "name another file" in err and out.read_text() == before
     lines.write_text('{"messages": [{"role": "user", "content": "a\u2028b"}]}\n' + json.dumps({"messages": [user(IMG, "\ud800")]}).replace("x.png", "\\ud800\u2028.png") + "\n", encoding="utf-8")
     for turn in range(2):

@@ -360,20 +360,15 @@ def read_clip(source: str | Path, fps: float = 2.0, most: int = 180) -> Clip:
     are decoded one by one, the others are not kept. Raises InputError when there are no frames."""
     with refusing(source, "clip"):
         file = opened(source)
-        reader = read_folder if isinstance(file, Path) and file.is_dir() else read_animation
-        try:
-            count, rate, frames = reader(file)
-        except Image.UnidentifiedImageError:
-            count, rate, frames = read_film(file)
-        wanted = choose_frames(count, rate, fps, most) if count else []
-        found = dict(frames(wanted))
-        if not found and reader is read_animation:        # pillow knows the name of a kind that it cannot read, as MPEG-1
-            count, rate, frames = read_film(file)
-            wanted = choose_frames(count, rate, fps, most)
-            found = dict(frames(wanted))
-        if not found:
-            raise InputError("no frame of it can be decoded: is it a clip, or a folder of numbered pictures?")
-    return Clip(list(found.values()), [index / rate for index in found], len(wanted) - len(found))
+        for reader in (read_folder,) if isinstance(file, Path) and file.is_dir() else (read_animation, read_film):
+            try:
+                count, rate, frames = reader(file)
+            except Image.UnidentifiedImageError:
+                continue
+            wanted = choose_frames(count, rate, fps, most) if count else []
+            if found := dict(frames(wanted)):         # pillow knows the names of some kinds that it cannot read, as MPEG-1
+                return Clip(list(found.values()), [index / rate for index in found], len(wanted) - len(found))
+        raise InputError("no frame of it can be decoded: is it a clip, or a folder of numbered pictures?")
 
 
 def read_folder(folder: Path) -> tuple[int, float, Callable]:
@@ -769,7 +764,7 @@ def boxes_in(value, label: str = "") -> list[Box]:
         value = next(([value[key]] for key in BOX_KEYS if key in value), list(value.values()))
     if not isinstance(value, list):
         return []
-    if len(value) == 4 and all(type(v) in (int, float) and 0 <= v <= 1100 for v in value):
+    if len(value) == 4 and all(type(v) in (int, float) and 0 <= v <= 1100 for v in value):      # models overshoot the edge
         x1, y1, x2, y2 = value
         return [Box(label, (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))]
     return [box for part in value for box in boxes_in(part, label)]

@@ -2,7 +2,7 @@
 
     pip install transformers==5.23.0 && python reference/make_reference.py
 
-The only file of the project that imports transformers. The model is not stored: `write_checkpoint` makes it anew from a
+Beside the benchmark the only file that imports transformers. The model is not stored: `write_checkpoint` makes it anew from a
 seed, in the hub's spelling, for the reference here and for the tests. Its numbers are chosen so that mistakes show:
 correction biases are not zero, norm weights not one, pictures not square, and the clip is longer than it is wide.
 """

@@ -1,0 +1,292 @@
+"""Times this implementation and transformers side by side on this machine, and prints one table.
+
+    pip install transformers==5.23.0 && python bench/bench.py > bench/RESULTS.md
+
+A model with the proportions of the 28B (756 M parameters, random weights) is written as a checkpoint folder and opened by
+both. Blocks alternate in one process, because machines are shared and their speed wanders: read the ratios. Of transformers
+the fastest of its experts (grouped_mm, eager) and caches (dynamic, static) counts, each row by itself.
+"""
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "reference")]
+
+import make_reference as ref                                                         # noqa: E402
+from ernie_vl import generate                                                        # noqa: E402
+from load_weights import load                                                        # noqa: E402
+
+SHAPE = dict(D=1024, HEADS=8, KV_HEADS=2, HEAD_DIM=128, DENSE=4928, WIDTHS=(640, 208), VOCAB=32000, VIT_DEPTH=8, VIT_WIDTH=640,
+             VIT_HEADS=8, VIT_MLP=2560, MODELS={"bench": dict(tie=True, layers=("dense",) + ("sparse",) * 7, shared=2, experts=32, k=6)})
+PICTURE = (1, 36, 36)                              # patches of a picture of 500 x 500 pixels
+TEXT = 64                                          # tokens behind it
+
+
+# ----------------------------------------------------------------------------------------------- the checkpoint
+def build(folder: Path) -> None:
+    """Random bf16 weights in four files under the hub's names."""
+    vars(ref).update(SHAPE)
+    config = ref.config("bench")
+    config["text_config"]["max_position_embeddings"] = 16_384
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    random, shapes, files = torch.Generator().manual_seed(0), ref.hub_shapes("bench"), {}
+    for shard in range(4):
+        names = list(shapes)[shard::4]
+        tensors = {name: (torch.randn(shapes[name], generator=random) * 0.02 + name.endswith("norm.weight")).bfloat16() for name in names}
+        file = f"model-{shard + 1:05d}-of-00004.safetensors"
+        ref.save_file(tensors, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def prompt() -> tuple[list[int], torch.Tensor]:
+    t, h, w = PICTURE
+    ids = [3, ref.IMAGE_START, *[ref.IMAGE] * (h * w // 4), ref.IMAGE_END, *range(100, 100 + TEXT)]
+    return ids, torch.randn(h * w, 588, generator=torch.Generator().manual_seed(1))
+
+
+# --------------------------------------------------------------------------------------------------- two sides
+class Ours:
+    def __init__(self, folder: Path, dtype: torch.dtype, quantize: str | None = None):
+        self.model = load(folder, dtype=dtype, quantize=quantize)
+
+    @torch.inference_mode()
+    def vit(self) -> float:
+        ids, patches = prompt()
+        start = time.perf_counter()
+        self.model.see(patches, [PICTURE])
+        return time.perf_counter() - start
+
+    def turn(self, steps: int) -> tuple[float, float]:
+        """Seconds to the first token of an answer about a picture, and for each token after it."""
+        ids, patches = prompt()
+        inputs, start = self.model.prepare(ids, patches, [PICTURE]), time.perf_counter()
+        answer = generate(self.model, inputs, steps + 1, stop=())
+        next(answer)
+        first = time.perf_counter() - start
+        assert len(list(answer)) == steps
+        return first, (time.perf_counter() - start - first) / steps
+
+    @torch.inference_mode()
+    def long(self, context: int, steps: int) -> float:
+        """Seconds a token behind a context whose keys and values are random numbers."""
+        cache, dtype, G, d = self.model.new_cache(), self.model.embed_tokens.weight.dtype, ref.KV_HEADS, ref.HEAD_DIM
+        for kv in cache.layers:
+            kv.append(torch.randn(2, G, context, d).to(dtype))
+        seconds = []
+        for i in range(steps + 1):
+            where = torch.full((3, 1), context + i)
+            inputs = self.model.prepare([100])._replace(positions=where)
+            start = time.perf_counter()
+            int(self.model(inputs, cache, only_last=True)[0].argmax())
+            seconds.append(time.perf_counter() - start)
+        return statistics.mean(seconds[1:])
+
+
+class Theirs:
+    """transformers, without the overhead of its generate()."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, experts: str = "grouped_mm", static: bool = False):
+        from transformers import Ernie4_5_VLMoeForConditionalGeneration
+        self.static, self.model = static, Ernie4_5_VLMoeForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", experts_implementation=experts).eval()
+
+    def cache(self, length: int):
+        from transformers import DynamicCache, StaticCache
+        config = self.model.config.text_config
+        return StaticCache(config=config, max_cache_len=length) if self.static else DynamicCache(config=config)
+
+    def step(self, cache, token: int, where: int) -> int:
+        ids = torch.tensor([[token]])
+        out = self.model(input_ids=ids, past_key_values=cache, position_ids=torch.full((3, 1, 1), where), use_cache=True,
+                         moe_mm_token_type_ids=torch.zeros_like(ids), mm_token_type_ids=torch.zeros_like(ids))
+        return int(out.logits[0, -1].argmax())
+
+    @torch.inference_mode()
+    def vit(self) -> float:
+        ids, patches = prompt()
+        start = time.perf_counter()
+        self.model.model.get_image_features(patches.to(self.model.dtype), torch.tensor([PICTURE]))
+        return time.perf_counter() - start
+
+    @torch.inference_mode()
+    def turn(self, steps: int) -> tuple[float, float]:
+        ids, patches = prompt()
+        given, cache = ref.their_inputs(ids, [patches], [PICTURE]), self.cache(len(ids) + steps + 2)
+        self.model.model.rope_deltas = None
+        start = time.perf_counter()
+        token = int(self.model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+        first = time.perf_counter() - start
+        for i in range(steps):
+            token = self.step(cache, token, len(ids) + i)
+        return first, (time.perf_counter() - start - first) / steps
+
+    @torch.inference_mode()
+    def long(self, context: int, steps: int) -> float:
+        cache, seconds = self.cache(context + steps + 2), []
+        for layer in range(len(ref.MODELS["bench"]["layers"])):
+            k, v = torch.randn(2, 1, ref.KV_HEADS, context, ref.HEAD_DIM).to(self.model.dtype)
+            cache.update(k, v, layer)
+        for i in range(steps + 1):
+            start = time.perf_counter()
+            self.step(cache, 100, context + i)
+            seconds.append(time.perf_counter() - start)
+        return statistics.mean(seconds[1:])
+
+
+# ------------------------------------------------------------------------------------------------ the measurements
+LOADING = """if True:
+    import sys, time, threading
+    sys.path.insert(0, sys.argv[1])
+    import torch, safetensors
+    own = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1e6
+    if sys.argv[3] == "ours":
+        from load_weights import load
+    else:
+        from transformers import Ernie4_5_VLMoeForConditionalGeneration as Model
+    before, peak, done = own(), [0.0], []
+    def watch():
+        while not done:
+            peak[0] = max(peak[0], own())
+            time.sleep(0.002)
+    threading.Thread(target=watch).start()
+    start = time.perf_counter()
+    model = load(sys.argv[2]) if sys.argv[3] == "ours" else Model.from_pretrained(sys.argv[2], dtype=torch.bfloat16)
+    seconds = time.perf_counter() - start
+    done.append(1)
+    print(seconds, peak[0] - before)"""
+
+
+def loading(folder: Path, side: str) -> tuple[float, float]:
+    """Seconds, and GB of the process's own memory at the most beyond what it had before."""
+    command = [sys.executable, "-c", LOADING, str(HERE.parent), str(folder), side]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return tuple(map(float, out.split()))
+
+
+def limits() -> dict[str, float]:
+    """What this machine can do: GB/s of a sum in fp32, GFLOP/s of a product of 1024 rows."""
+    numbers, out = torch.ones(64_000_000), {}
+    def seconds(work) -> float:
+        work()
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+    out["read"] = numbers.nbytes / seconds(numbers.sum) / 1e9
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+        out[str(dtype)] = 2 * 1024**3 / seconds(lambda: F.linear(x, w)) / 1e9
+    return out
+
+
+def measure(folder: Path, blocks: int, steps: int) -> dict[str, dict[str, list[float]]]:
+    """measurement -> side -> one number a block"""
+    out: dict[str, dict[str, list[float]]] = {}
+    def note(what: str, side: str, value: float) -> None:
+        out.setdefault(what, {}).setdefault(side, []).append(value)
+    for block in range(blocks):
+        for side in ("ours", "theirs"):
+            seconds, own = loading(folder, side)
+            note("load, s", side, seconds)
+            note("load, GB of its own", side, own)
+        progress(f"block {block + 1}: loading")
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        sides = {"ours": Ours(folder, dtype)}
+        sides |= {kind: Ours(folder, dtype, kind) for kind in ("int8", "int4") if dtype == torch.bfloat16}
+        sides |= {f"theirs, {experts}, {'static' if static else 'dynamic'}": Theirs(folder, dtype, experts, static)
+                  for experts, static in (("grouped_mm", False), ("grouped_mm", True), ("eager", False))}
+        for block in range(blocks + 1):                 # the first one warms up
+            for side, model in sides.items():
+                first, token = model.turn(steps)
+                numbers = {"ViT, s": model.vit(), "first token, s": first, "token at 0.5k, ms": 1000 * token,
+                           "token at 8k, ms": 1000 * model.long(8192, max(2, steps // 8))}
+                for what, value in numbers.items() if block else ():
+                    note(f"{name}: {what}", side, value)
+                progress(f"{name}, block {block} of {blocks}: {side}")
+        del sides, model
+        gc.collect()
+    return out
+
+
+def progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def table(measured: dict) -> str:
+    """Medians with their spread over the blocks, and how many times faster than the fastest transformers of the row."""
+    rows = ["| | transformers | ours | | int8 | | int4 | |", "|---|---|---|--:|---|--:|---|--:|"]
+    for what, sides in measured.items():
+        theirs = {side: statistics.median(values) for side, values in sides.items() if side.startswith("theirs")}
+        best = min(theirs, key=theirs.get)
+        cells = [f"{theirs[best]:.3g}{best.removeprefix('theirs')}"]
+        for side in ("ours", "int8", "int4"):
+            values = sorted(sides.get(side, []))
+            cells += [f"{statistics.median(values):.3g} ({values[0]:.3g} to {values[-1]:.3g})",
+                      f"{theirs[best] / statistics.median(values):.2f} x"] if values else ["", ""]
+        rows.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def fractions(measured: dict, speed: dict[str, float]) -> str:
+    """What a token reads, against what the machine can read."""
+    read = 179.2e6                                      # weights: 6 of 32 experts, and all the rest of the decoder
+    rows = []
+    for name, side, size in (("bf16", "ours", 2), ("fp32", "ours", 4), ("bf16", "int8", 1), ("bf16", "int4", 0.53)):
+        rate = read * size / statistics.median(measured[f"{name}: token at 0.5k, ms"][side]) / 1e6
+        rows.append(f"{name if side == 'ours' else side} {rate:.1f} GB/s ({100 * rate / speed['read']:.0f} %)")
+    return ", ".join(rows)
+
+
+def cpu_name() -> str:
+    try:
+        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=3, help="how often everything is measured (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=128, help="tokens decoded in a block (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        sys.exit("error: the benchmark compares with transformers: pip install transformers==5.23.0")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        build(Path(folder))
+        speed, measured = limits(), measure(Path(folder), args.blocks, args.steps)
+    print(f"""# What the benchmark printed
+
+`python bench/bench.py --blocks {args.blocks} --steps {args.steps} --threads {args.threads}`, torch {torch.__version__}, transformers {transformers.__version__}, on
+{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), {args.threads} thread{"s" * (args.threads > 1)}. It reads {speed['read']:.1f} GB/s, and multiplies {speed['torch.float32']:.0f} GFLOP/s in fp32 and
+{speed['torch.bfloat16']:.0f} in bf16.
+
+Medians of {args.blocks} blocks, their spread, and how many times faster than the fastest transformers of that row; int8 and int4 are ours,
+computed in bf16. First token: a picture of 324 tokens and {TEXT} tokens of text. No GPU has been measured.
+
+{table(measured)}
+
+Weights that a token reads, a second: {fractions(measured, speed)} of the read speed.""")
+
+
+if __name__ == "__main__":
+    main()
