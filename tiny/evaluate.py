@@ -85,13 +85,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default=str(HERE))
     parser.add_argument("--count", type=int, default=500, help="samples a skill (default: %(default)s)")
+    parser.add_argument("--skills", nargs="*", default=list(SKILLS), choices=SKILLS)
     parser.add_argument("--looks", nargs="*", default=list(LOOKS), choices=LOOKS)
     args = parser.parse_args()
     torch.set_num_threads(1)      # so small a model is faster on one
     model, tokenizer = load(Path(args.folder)), Tokenizer(Path(args.folder))
     use = ExpertUse(model)
     print(f"{args.count} samples   wanted" + "".join(f"{name:>11s}" for name in args.looks))
-    for skill in SKILLS:
+    for skill in args.skills:
         print(f"{skill:15s} {TARGETS[skill]:5d}", end="", flush=True)
         for look in args.looks:
             print(f"{100 * score(model, tokenizer, skill, args.count, LOOKS[look]):11.1f}", end="", flush=True)

@@ -3,7 +3,7 @@
     python tiny/scenes.py OUT.png     draws some of every skill, with questions and answers
 
 A skill is a function of a random.Random and a Look that returns an Example; the same seed draws the same picture. To teach
-another skill, write it and list it in SKILLS.
+another skill, write it and list it in SKILLS. What is in PRACTICE is trained on, and not measured.
 """
 import functools
 import io
@@ -72,7 +72,7 @@ def any_look(rng: random.Random) -> Look:
 
 def spoil(image: Image.Image, look: Look, seed: int) -> Image.Image:
     if look.turn:
-        image = image.rotate(look.turn, Image.BICUBIC, fillcolor=image.getpixel((1, 1)))
+        image = image.rotate(look.turn, Image.BILINEAR, fillcolor=image.getpixel((1, 1)))
     if look.noise:
         noise = np.random.default_rng(seed).standard_normal((image.height, image.width, 3), np.float32)
         image = Image.fromarray((np.asarray(image) + look.noise * noise).round().clip(0, 255).astype(np.uint8))
@@ -102,7 +102,7 @@ def off(colour: str, rng: random.Random) -> tuple:
 
 def size_of(rng: random.Random, low: int = 105, high: int = 200) -> tuple[int, int]:
     width = rng.randint(low, high)
-    return width, round(width * rng.uniform(0.75, 1.3))
+    return width, round(width * rng.uniform(0.85, 1.18))
 
 
 def draw(things: list[Thing], rng: random.Random, look: Look, size: tuple, background: tuple) -> Image.Image:
@@ -151,7 +151,7 @@ def inks(rng: random.Random) -> tuple[tuple, tuple]:
 # ------------------------------------------------------------------------------------------------- what is there
 def scatter(rng: random.Random, kinds: list[tuple]) -> list[Thing]:
     """Things of these kinds in cells of the grid, in reading order; large ones if they are few, and none on another."""
-    sizes, off_by = {1: (0.1, 0.24), 2: (0.09, 0.17), 3: (0.09, 0.14)}.get(len(kinds), (0.075, 0.1)), 0.07 if len(kinds) <= 3 else 0.035
+    sizes, off_by = {1: (0.13, 0.24), 2: (0.12, 0.18), 3: (0.11, 0.15)}.get(len(kinds), (0.085, 0.11)), 0.05 if len(kinds) <= 3 else 0.03
     while True:
         things = []
         for kind, cell in zip(kinds, sorted(rng.sample(range(9), len(kinds)))):
@@ -167,9 +167,17 @@ def some_kinds(rng: random.Random, count: int) -> list[tuple]:
     return rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
 
 
+def joined(items: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(items[:-1]), *items[-1:]]))
+
+
 def listing(things: list[Thing]) -> str:
-    items = [f"a {thing.name} {PLACES[thing.cell]}" for thing in things]
-    return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
+    return joined([f"a {thing.name} {PLACES[thing.cell]}" for thing in things])
+
+
+def tally(things: list[Thing]) -> str:
+    """Where they are and how many: so it counts with its finger, one after the other."""
+    return sentence(f"{joined([PLACES[thing.cell] for thing in things]) or 'nowhere'}: {len(things)}")
 
 
 def sentence(text: str) -> str:
@@ -192,20 +200,39 @@ def ask_describe(rng, things, box):
                         "What is in the image?"]), sentence(listing(things)))
 
 
+WHERE = ["Where is the {}?", "Where do you see the {}?"]
+
+
 def ask_part(rng, things, box):
-    thing, place = rng.choice(things), rng.choice(["Where is the {}?", "Where do you see the {}?"])
-    asks = [(f"What is {PLACES[thing.cell]}?", f"A {thing.name}."),
-            (f"What colour is the thing {PLACES[thing.cell]}?", sentence(thing.colour))]
+    """One property of a thing by another: its name, colour, shape or place, or whether it is there."""
+    thing, where = rng.choice(things), rng.choice(WHERE)
+    colour, shape, cell = thing[0], thing[1], thing.cell
+    place, alone = sentence(PLACES[cell]), lambda axis: sum(thing[axis] == other[axis] for other in things) == 1
+    asks = [(f"What is {PLACES[cell]}?", f"A {thing.name}."), (f"What colour is the thing {PLACES[cell]}?", sentence(colour))]
     if sum(thing.name == other.name for other in things) == 1:
-        asks += 2 * [(place.format(thing.name), sentence(PLACES[thing.cell]))]
+        asks += 2 * [(where.format(thing.name), place)]
+    if alone(0):
+        asks += [(where.format(f"{colour} thing"), place), (f"What shape is the {colour} thing?", f"A {shape}.")]
+    if alone(1):
+        asks += [(where.format(shape), place), (f"What colour is the {shape}?", sentence(colour))]
+    if rng.random() < 0.25:
+        name = thing.name if rng.random() < 0.5 else rng.choice([f"{colour} {rng.choice(SHAPES)}", f"{rng.choice(list(COLOURS))} {shape}"])
+        asks = [(f"Is there a {name}?", "Yes." if any(name == other.name for other in things) else "No.")]
     return rng.choice(asks)
 
 
+COUNT = ["How many {} are there?", "How many {} do you see?", "Count the {}."]
+
+
+def groups(colour: str, shape: str) -> list[tuple]:
+    """What can be counted: (its name, whether a kind belongs to it)."""
+    return [(f"{colour} {shape}s", lambda kind: kind == (colour, shape)), (f"{shape}s", lambda kind: kind[1] == shape),
+            (f"{colour} things", lambda kind: kind[0] == colour)]
+
+
 def ask_count(rng, things, box):
-    thing = rng.choice(things) if things and rng.random() < 0.7 else Thing(*some_kinds(rng, 1)[0], 0, 0, 0)
-    what, test = rng.choice([(f"{thing.name}s", lambda t: t.name == thing.name), (f"{thing.shape}s", lambda t: t.shape == thing.shape),
-                             (f"{thing.colour} things", lambda t: t.colour == thing.colour)])
-    return rng.choice(["How many {} are there?", "How many {} do you see?", "Count the {}."]).format(what), str(sum(map(test, things)))
+    what, belongs = rng.choice(groups(*(rng.choice(things)[:2] if things and rng.random() < 0.7 else some_kinds(rng, 1)[0])))
+    return rng.choice(COUNT).format(what), tally([thing for thing in things if belongs(thing[:2])])
 
 
 LOCATE = ["Locate the {}.", "Find the {} and give its box.", "Give the bounding box of the {}.", "Where is the {}? Answer with bbox_2d."]
@@ -216,12 +243,17 @@ def ask_locate(rng, things, box):
     return rng.choice(LOCATE).format(thing.name), json.dumps({"bbox_2d": box(thing), "label": thing.name})
 
 
-def ask_decline(rng, things, box):
+def ask_absent(rng, things, box):
     there = {thing.name for thing in things}
     absent = rng.choice([f"{colour} {shape}" for colour in COLOURS for shape in SHAPES if f"{colour} {shape}" not in there])
+    return rng.choice(WHERE).format(absent), f"There is no {absent}."
+
+
+def ask_decline(rng, things, box):
     if rng.random() < 0.1:
         return rng.choice(READ), "There is no text."
-    return rng.choice([*LOCATE, *3 * ["Where is the {}?"], "Where do you see the {}?"]).format(absent), f"There is no {absent}."
+    question, answer = ask_absent(rng, things, box)
+    return rng.choice([question, rng.choice(LOCATE).format(answer[12:-1])]), answer
 
 
 def ask_think(rng, things, box):
@@ -249,31 +281,44 @@ def user(rng: random.Random, question: str, *media) -> list[dict]:
     return [{"role": "user", "content": [*text, *items] if rng.random() < 0.75 else [*items, *text]}]
 
 
-def about(ask, rng: random.Random, look: Look, kinds: list[tuple], others: dict) -> Example:
-    """A scene, a question about it, and up to three more."""
+def about(ask, rng: random.Random, look: Look, kinds: list[tuple], further: list[str], seen: bool = True) -> Example:
+    """A scene that is seen, or told in words, a question about it, and up to six more."""
     things, size = scatter(rng, kinds), size_of(rng)
-    picture = draw(things, rng, look, size, pale(rng))
+    picture = [draw(things, rng, look, size, pale(rng))] if seen else []
     box = lambda thing: box_in(outline(thing, *size), size, look)
     question, answer = ask(rng, things, box)
-    names = rng.choices(list(others), k=rng.randint(1, 3)) if things and others else []
-    more = tuple((name, *others[name](rng, things, box)) for name in names)
-    return Example(user(rng, question, picture), answer, think=ask is ask_think, more=more)
+    more = tuple((name, *ASK[name](rng, things, box)) for name in rng.choices(further, k=rng.randint(2, 6) if further else 0))
+    question = question if seen else f"There is {listing(things)}. {question}"
+    return Example(user(rng, question, *picture), answer, think=ask is ask_think, more=more)
 
 
-ALL = {"describe": ask_describe, "part": ask_part, "count": ask_count, "locate": ask_locate, "decline": ask_decline}
+ASK = {"ask": ask_part, "count": ask_count, "locate": ask_locate, "decline": ask_decline, "absent": ask_absent}
+FURTHER = {"scene": [*6 * ["ask"], "count", "locate", "decline", "decline"],      # what else is asked
+           "count": ["count", "ask", "decline"], "told": ["ask", "ask", "count", "absent"], "think": []}
 
 
 def describe(rng, look):
-    return about(ask_describe if rng.random() < 0.8 else ask_part, rng, look, some_kinds(rng, rng.randint(1, 3)), ALL)
+    return about(ask_describe, rng, look, some_kinds(rng, rng.randint(1, 3)), FURTHER["scene"])
+
+
+def ask(rng, look):
+    """Not a skill of the table, but a part of most: one property of a thing by another."""
+    return about(ask_part, rng, look, some_kinds(rng, rng.randint(1, 3)), FURTHER["scene"])
+
+
+def told(rng, look):
+    """The same without a picture: what is there is said in words."""
+    things = [rng.choice(some_kinds(rng, 4)) for _ in range(rng.randint(1, 4))]
+    return about(rng.choice([ask_part, ask_count, ask_absent]), rng, look, things, FURTHER["told"], seen=False)
 
 
 def locate(rng, look):
-    return about(ask_locate, rng, look, some_kinds(rng, rng.randint(1, 3)), ALL)
+    return about(ask_locate, rng, look, some_kinds(rng, rng.randint(1, 3)), FURTHER["scene"])
 
 
 def decline(rng, look):
     if (dice := rng.random()) < 0.8:
-        return about(ask_decline, rng, look, some_kinds(rng, rng.randint(1, 3)), ALL)
+        return about(ask_decline, rng, look, some_kinds(rng, rng.randint(1, 3)), FURTHER["scene"])
     if dice < 0.9:
         picture, _, _ = small_print(rng, look)
         return Example(user(rng, rng.choice(READ), picture), "The print is too small to read.")
@@ -282,26 +327,27 @@ def decline(rng, look):
 
 
 def think(rng, look):
-    return about(ask_think, rng, look, [rng.choice(some_kinds(rng, 3)) for _ in range(rng.randint(2, 4))], {})
+    return about(ask_think, rng, look, [rng.choice(some_kinds(rng, 3)) for _ in range(rng.randint(2, 3))], FURTHER["think"])
 
 
 def count(rng, look):
     """As often none as five, so that no number is a good guess."""
-    colour, shape = some_kinds(rng, 1)[0]
-    like, what = rng.choice([(lambda c, s: (c, s) == (colour, shape), f"{colour} {shape}s"), (lambda c, s: s == shape, f"{shape}s"),
-                             (lambda c, s: c == colour, f"{colour} things")])
-    every = [(c, s) for c in COLOURS for s in SHAPES]
+    what, belongs = rng.choice(groups(*some_kinds(rng, 1)[0]))
+    every = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     n, rest = rng.randint(0, 5), rng.randint(0, 3)
-    kinds = rng.choices([k for k in every if like(*k)], k=n) + rng.choices([k for k in every if not like(*k)], k=rest or not n)
+    kinds = rng.choices([kind for kind in every if belongs(kind)], k=n)
+    kinds += rng.choices([kind for kind in every if not belongs(kind)], k=rest or not n)
     rng.shuffle(kinds)
-    question = rng.choice(["How many {} are there?", "How many {} do you see?", "Count the {}."]).format(what)
-    return about(lambda *_: (question, str(n)), rng, look, kinds, {"count": ask_count, "part": ask_part, "decline": ask_decline})
+    ask = lambda rng, things, box: (rng.choice(COUNT).format(what), tally([thing for thing in things if belongs(thing[:2])]))
+    return about(ask, rng, look, kinds, FURTHER["count"])
 
 
 def read(rng, look):
     text, (ink, ground) = word(rng), inks(rng)
     mask = lettering(text, rng, rng.randint(18, 40))
     room = rng.randint(10, 30), rng.randint(10, 30)
+    if rng.random() < 0.4:      # as in what a zoom gives
+        room = rng.randint(40, 160), rng.randint(30, 90)
     picture = Image.new("RGB", (max(70, mask.width + room[0]), mask.height + room[1]), ground)
     spot = rng.randint(4, picture.width - mask.width - 4), rng.randint(4, picture.height - mask.height - 4)
     picture.paste(ink, spot, mask)
@@ -372,9 +418,9 @@ def talk(rng, look):
 
 def small_print(rng: random.Random, look: Look) -> tuple[Image.Image, list[int], str]:
     """A large picture with a sign whose print is lost when the picture is made as small as the model sees it."""
-    text, size = word(rng), size_of(rng, 520, 760)
+    text, size = word(rng), size_of(rng, 600, 760)
     picture = Image.new("RGB", size, pale(rng))
-    mask = lettering(text, rng, rng.randint(15, 20))
+    mask = lettering(text, rng, rng.randint(20, 25))
     ink, ground = inks(rng)
     w, h = mask.width + rng.randint(14, 34), mask.height + rng.randint(12, 26)
     cells = rng.sample(range(9), rng.randint(1, 3))
@@ -388,7 +434,8 @@ def small_print(rng: random.Random, look: Look) -> tuple[Image.Image, list[int],
             ImageDraw.Draw(picture).rectangle((x, y, x + w, y + h), ground, off("black", rng), 2)
             picture.paste(ink, (x + (w - mask.width) // 2, y + (h - mask.height) // 2), mask)
             corners = [(x, y), (x + w, y), (x, y + h), (x + w, y + h)]
-    return spoil(picture, look, rng.getrandbits(32)), box_in(corners, size, look, 0.015), text
+    x1, y1, x2, y2 = box_in(corners, size, look, 0.06)
+    return spoil(picture, look, rng.getrandbits(32)), [x1 // 100 * 100, y1 // 50 * 50, -(-x2 // 100) * 100, -(-y2 // 50) * 50], text
 
 
 ZOOM_THOUGHT = "The print is small. I zoom in."
@@ -415,13 +462,14 @@ def after_zoom(example: Example, box: list[int]) -> Example:
 
 
 SKILLS = {skill.__name__: skill for skill in (describe, read, count, locate, compare, watch, talk, think, zoom, decline)}
+PRACTICE = {practice.__name__: practice for practice in (ask, told)}
 
 
 def example(skill: str, seed: int, look: Look | None = None) -> Example:
     """The same three arguments always give the same example. look None: the seed chooses that, too."""
     rng = random.Random(f"{skill} {seed}")
     chosen = any_look(rng)
-    return SKILLS[skill](rng, chosen if look is None else look)
+    return (SKILLS | PRACTICE)[skill](rng, chosen if look is None else look)
 
 
 # -------------------------------------------------------------------------------------------------- to look at

@@ -1,8 +1,9 @@
 """Trains the bundled checkpoint, with ernie_vl.py as it is, on the pictures and clips of scenes.py.
 
-    python tiny/train.py --out FOLDER              from nothing, for 84 minutes
+    python tiny/train.py --out FOLDER              from nothing
     python tiny/train.py --out FOLDER --resume     goes on after an interruption
     python tiny/train.py --device cuda             on a GPU
+    torchrun --nproc-per-node 2 tiny/train.py      on two cores, each with packs of its own
 
 Writes config.json in the nested layout, model.safetensors under the hub's names, the vocabulary, curves.png, and training.pt, from
 which --resume goes on. Where there is no training.pt, --resume begins anew from the weights that are there.
@@ -12,6 +13,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
@@ -34,7 +37,8 @@ from scenes import SKILLS, Example, after_zoom, example                      # n
 from tokenizer import ZOOM_TOOL, Tokenizer, encode_chat                               # noqa: E402
 
 # How often a skill is drawn. What is hard to learn, or is a part of others, comes more often.
-SHARES = {"describe": 4, "read": 16, "count": 5, "locate": 4, "compare": 5, "watch": 3, "talk": 2, "think": 4, "zoom": 4, "decline": 4}
+SHARES = {"describe": 5, "read": 12, "count": 6, "locate": 5, "compare": 6, "watch": 5, "talk": 3, "think": 6, "zoom": 5, "decline": 5, "ask": 5, "told": 4}
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun sets them
 # Seeing begins with single things and single letters: at first the shortest of three answers is taken, of fewer skills.
 EARLY, EARLY_SHARES = 800, {"describe": 8, "read": 6, "count": 4, "locate": 4, "decline": 4, "talk": 1}
 TRAINED = 10**9          # seeds of pictures to train on start here; those before are for measuring
@@ -149,13 +153,13 @@ class Drawn(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> Pack:
         self.tokenizer = self.tokenizer or Tokenizer(self.out)
-        rng, examples, early = random.Random(step), [], step < EARLY
+        rng, examples, early = random.Random(step * RANKS + RANK), [], step < EARLY
         shares = EARLY_SHARES if early else SHARES
-        for skill in rng.choices(list(shares), shares.values(), k=PACK):
+        for skill in random.Random(step).choices(list(shares), shares.values(), k=PACK):      # alike in all processes: none waits long
             it = min((example(skill, rng.getrandbits(40) + TRAINED) for _ in range(3 if early else 1)), key=lambda it: len(it.answer))
             if it.truth and rng.random() < 0.6:
                 box = json.loads(it.answer.split("\n")[-3])["arguments"]["bbox_2d"]
-                it = after_zoom(it, [min(1000, max(0, v + rng.choice([-10, 0, 0, 0, 10]))) for v in box])
+                it = after_zoom(it, [min(1000, max(0, v + rng.choice([0, 0, 0, more]))) for v, more in zip(box, (-100, -50, 100, 50))])
             if it.more and rng.random() < 0.25:      # the first question is history now
                 asked, skill = it.more[0][1], it.more[0][0]
                 it = it._replace(messages=[*it.messages, {"role": "assistant", "content": it.answer}, {"role": "user", "content": asked}],
@@ -173,6 +177,15 @@ def apart(lengths: list[int]):
         yield
     finally:
         ernie_vl.attend = attend
+
+
+def average(tensors: list[torch.Tensor]) -> None:
+    """In place, over all processes."""
+    if RANKS > 1:
+        flat = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(flat)
+        for x, mean in zip(tensors, (flat / RANKS).split([x.numel() for x in tensors])):
+            x.copy_(mean.view_as(x))
 
 
 # ----------------------------------------------------------------------------------------------- balanced routing
@@ -199,8 +212,9 @@ class Balance:
     @torch.no_grad()
     def step(self) -> None:
         """The bias of an expert that was chosen less often than the average goes up, that of the others down."""
-        for gate, _, chosen in self.seen:
-            count = chosen.flatten().bincount(minlength=len(gate.weight)).float()
+        counts = [chosen.flatten().bincount(minlength=len(gate.weight)).float() for gate, _, chosen in self.seen]
+        average(counts)
+        for (gate, _, _), count in zip(self.seen, counts):
             gate.e_score_correction_bias += self.bias_rate * (count.mean() - count).sign()
         self.seen.clear()
 
@@ -275,7 +289,7 @@ class Progress:
 
 
 def train(args: argparse.Namespace) -> None:
-    out = Path(args.out)
+    out, speaks = Path(args.out), RANK == 0
     if not args.resume:
         out.mkdir(exist_ok=True)
         make_vocabulary(out)
@@ -283,7 +297,9 @@ def train(args: argparse.Namespace) -> None:
     model = new_model(read_config(json.loads((out / "config.json").read_text()))).to(args.device)
     matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n and "gate.weight" not in n}
     others = [p for n, p in model.named_parameters() if p.requires_grad and n not in matrices]
-    optimizers = [Muon(matrices.values(), args.rate), torch.optim.AdamW(others, args.rate, betas=(0.9, 0.95), weight_decay=0.0)]
+    trained = [*matrices.values(), *others]
+    rates = args.rate, args.rate / 2       # vocabulary, routers and norms learn more slowly
+    optimizers = [Muon(matrices.values(), rates[0]), torch.optim.AdamW(others, rates[1], betas=(0.9, 0.95), weight_decay=0.0)]
     balance, state = Balance(model, args.bias, args.load, args.orthogonal), {"step": 0, "seconds": 0.0, "curve": []}
     if args.resume and not (out / "training.pt").is_file():
         model.load_state_dict(load(out).state_dict())
@@ -295,31 +311,36 @@ def train(args: argparse.Namespace) -> None:
             optimizer.load_state_dict(its)
     drawn = torch.utils.data.DataLoader(Drawn(out, model.cfg), batch_size=None, sampler=iter(range(state["step"], 10**9)),
                                         num_workers=args.workers, prefetch_factor=8 if args.workers else None)
-    progress = Progress(state["curve"], state["seconds"])
+    progress, clock = Progress(state["curve"], state["seconds"]), torch.tensor([state["seconds"]])
     for step, pack in enumerate(drawn, state["step"] + 1):
-        done = step / args.steps if args.steps else progress.seconds / (60 * args.minutes)
-        scale = min(1, step % FRESH_START / 150, max(0.0, (1 - done) / 0.55))      # up, level, and in the longer half down to nothing
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = args.rate * scale
+        done = step / args.steps if args.steps else clock.item() / (60 * args.minutes)
+        scale = min(1, step % FRESH_START / 150, max(0.0, (1 - done) / 0.35))      # up, level, and in the longer half down to nothing
+        for optimizer, rate in zip(optimizers, rates):
+            optimizer.param_groups[0]["lr"] = rate * scale
         with apart(pack.lengths):
             logits = model(Inputs(*(x.to(args.device) for x in pack.inputs[:4]), pack.inputs.grids))
         loss = F.cross_entropy(logits, pack.targets.to(args.device), reduction="sum")
         # token-balanced: the sum over tokens is divided by a constant, so that a token weighs the same in every step
         (loss / TOKENS + balance.loss()).backward()
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad      # an expert that nobody chose has none
+        average([*(p.grad for p in trained), clock.fill_(progress.seconds)])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         balance.step()
         progress.add(pack, logits, loss.item())
-        if step % 50 == 0 or done >= 1:
+        if speaks and (step % 50 == 0 or done >= 1):
             progress.report(step)
-        if step % 250 == 0 or done >= 1:
+        if speaks and (step % 250 == 0 or done >= 1):
             save(model, out / "model.safetensors")
             torch.save({"step": step, "seconds": progress.seconds, "curve": progress.curve, "model": model.state_dict(),
                         "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, out / "training.pt")
         if done >= 1:
-            return plot(progress.curve, out / "curves.png")
+            break
+    if speaks:
+        plot(progress.curve, out / "curves.png")
 
 
 def plot(curve: list[dict], file: Path) -> None:
@@ -336,8 +357,8 @@ def plot(curve: list[dict], file: Path) -> None:
     draw.text((left + wide / 2, top + high + 34), "minutes; right to the letter on pictures not seen before, %", "black", font, anchor="mm")
     ends = sorted(SHARES, key=lambda skill: -curve[-1][skill])
     for i, skill in enumerate(SHARES):
-        colour = f"hsl({36 * i}, 75%, {45 if i % 2 else 35}%)"
-        draw.line([(left + wide * row["seconds"] / end, top + high * (1 - row[skill])) for row in curve], colour, 2)
+        colour = f"hsl({30 * i}, 75%, {45 if i % 2 else 35}%)"
+        draw.line([(left + wide * row["seconds"] / end, top + high * (1 - row[skill])) for row in curve if skill in row], colour, 2)
         draw.text((left + wide + 8, top + 22 * ends.index(skill)), f"{skill} {100 * curve[-1][skill]:.0f}", colour, font)
     page.save(file)
 
@@ -356,6 +377,8 @@ def main() -> None:
     parser.add_argument("--orthogonal", type=float, default=1e-2, help="weight of the routers' orthogonal loss (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)      # so small a model is faster on one
+    if RANKS > 1:
+        dist.init_process_group("gloo")
     train(args)
 
 
