@@ -184,9 +184,9 @@ def sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def word(rng: random.Random) -> str:
-    """Digits, or letters: any, or such as can be spoken, one to six of them."""
-    length, kind = rng.randint(1, 6), rng.random()
+def word(rng: random.Random, longest: int = 6) -> str:
+    """Digits, or letters: any, or such as can be spoken."""
+    length, kind = rng.randint(1, longest), rng.random()
     if kind < 0.4:
         return "".join(rng.choices("0123456789", k=length))
     if kind < 0.7:
@@ -418,7 +418,7 @@ def talk(rng, look):
 
 def small_print(rng: random.Random, look: Look) -> tuple[Image.Image, list[int], str]:
     """A large picture with a sign whose print is lost when the picture is made as small as the model sees it."""
-    text, size = word(rng), size_of(rng, 600, 760)
+    text, size = word(rng, 3), size_of(rng, 600, 760)
     picture = Image.new("RGB", size, pale(rng))
     mask = lettering(text, rng, rng.randint(20, 25))
     ink, ground = inks(rng)
@@ -434,8 +434,8 @@ def small_print(rng: random.Random, look: Look) -> tuple[Image.Image, list[int],
             ImageDraw.Draw(picture).rectangle((x, y, x + w, y + h), ground, off("black", rng), 2)
             picture.paste(ink, (x + (w - mask.width) // 2, y + (h - mask.height) // 2), mask)
             corners = [(x, y), (x + w, y), (x, y + h), (x + w, y + h)]
-    x1, y1, x2, y2 = box_in(corners, size, look, 0.06)
-    return spoil(picture, look, rng.getrandbits(32)), [x1 // 100 * 100, y1 // 50 * 50, -(-x2 // 100) * 100, -(-y2 // 50) * 50], text
+    x1, y1, x2, y2 = box_in(corners, size, look, 0.03)
+    return spoil(picture, look, rng.getrandbits(32)), [x1 // 50 * 50, y1 // 50 * 50, -(-x2 // 50) * 50, -(-y2 // 50) * 50], text
 
 
 ZOOM_THOUGHT = "The print is small. I zoom in."

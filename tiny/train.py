@@ -37,7 +37,7 @@ from scenes import SKILLS, Example, after_zoom, example                      # n
 from tokenizer import ZOOM_TOOL, Tokenizer, encode_chat                               # noqa: E402
 
 # How often a skill is drawn. What is hard to learn, or is a part of others, comes more often.
-SHARES = {"describe": 5, "read": 12, "count": 6, "locate": 5, "compare": 6, "watch": 5, "talk": 3, "think": 6, "zoom": 5, "decline": 5, "ask": 5, "told": 4}
+SHARES = {"describe": 4, "read": 13, "count": 6, "locate": 4, "compare": 6, "watch": 5, "talk": 2, "think": 6, "zoom": 7, "decline": 7, "ask": 5, "told": 2}
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun sets them
 # Seeing begins with single things and single letters: at first the shortest of three answers is taken, of fewer skills.
 EARLY, EARLY_SHARES = 800, {"describe": 8, "read": 6, "count": 4, "locate": 4, "decline": 4, "talk": 1}
@@ -157,9 +157,9 @@ class Drawn(torch.utils.data.Dataset):
         shares = EARLY_SHARES if early else SHARES
         for skill in random.Random(step).choices(list(shares), shares.values(), k=PACK):      # alike in all processes: none waits long
             it = min((example(skill, rng.getrandbits(40) + TRAINED) for _ in range(3 if early else 1)), key=lambda it: len(it.answer))
-            if it.truth and rng.random() < 0.6:
+            if it.truth and rng.random() < 0.7:
                 box = json.loads(it.answer.split("\n")[-3])["arguments"]["bbox_2d"]
-                it = after_zoom(it, [min(1000, max(0, v + rng.choice([0, 0, 0, more]))) for v, more in zip(box, (-100, -50, 100, 50))])
+                it = after_zoom(it, [min(1000, max(0, v + rng.choice([0, 0, 0, more]))) for v, more in zip(box, (-50, -50, 50, 50))])
             if it.more and rng.random() < 0.25:      # the first question is history now
                 asked, skill = it.more[0][1], it.more[0][0]
                 it = it._replace(messages=[*it.messages, {"role": "assistant", "content": it.answer}, {"role": "user", "content": asked}],
