@@ -34,7 +34,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ernie_vl import PATCH, SPATIAL_MERGE, TEMPORAL_MERGE, Config, ErnieVL, InputError, TextConfig, VisionConfig
+from ernie_vl import (PATCH, SPATIAL_MERGE, TEMPORAL_MERGE, Cache, Config, ErnieVL, Experts, InputError, Inputs, TextConfig,
+                      VisionConfig, rope_angles, rotate_pairs)
 
 FAMILIES = {  # model_type -> what it is
     "ernie4_5_moe_vl": "ERNIE-4.5-VL, flat config",
@@ -501,24 +502,118 @@ def add_up(model: ErnieVL) -> None:
         layer.mlp.register_forward_hook(total)
 
 
-# ------------------------------------------------------------------------------------------ 6. folder -> model
+# ------------------------------------------------------------------------------ 6. one token at a time, compiled
+class GroupedExperts(Experts):
+    """Experts whose weights are views of three stacks (E, rows, columns). All that were chosen run in three products, whoever
+    they are, so nothing waits for the device to tell."""
+
+    def stack(self) -> None:
+        self.stacks = {}
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            linears = [getattr(expert, name) for expert in self.experts]
+            self.stacks[name] = torch.stack([linear.weight.detach() for linear in linears])
+            for linear, weight in zip(linears, self.stacks[name]):
+                linear.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:                                                 # (T, D) -> (T, D)
+        weights, chosen = self.gate(x)                                                      # (T, K), (T, K)
+        if len(x) == 1:      # a compiler makes one loop of this, which reads each weight once
+            product = lambda rows, name: (self.stacks[name][chosen[0]] * rows[:, None].float()).sum(-1).type_as(rows)
+            y = product(F.silu(product(x, "gate_proj")) * product(x, "up_proj"), "down_proj")      # (K, D)
+            return weights @ y
+        order = chosen.flatten().argsort(stable=True)                                       # (T*K,)  expert after expert
+        ends = (chosen.flatten() == torch.arange(len(self.experts), device=x.device)[:, None]).sum(1).cumsum(0).int()    # (E,)
+        product = lambda rows, name: F.grouped_mm(rows, self.stacks[name].mT, offs=ends)
+        rows = x[order // chosen.shape[1]]                                                  # (T*K, D)
+        rows = product(F.silu(product(rows, "gate_proj")) * product(rows, "up_proj"), "down_proj")
+        return (rows[order.argsort()].view(*chosen.shape, -1) * weights[..., None]).sum(1)
+
+
+class CompiledErnieVL(ErnieVL):
+    """Steps of one token go through a compiled function whose shapes stay the same while the context grows: keys and values
+    stand in a window of a power of two, of which what is not filled is masked. Everything else is as it was, and this too
+    where nothing can be compiled, after a sentence."""
+
+    def forward(self, inputs: Inputs, cache: Cache | None = None, only_last: bool = False) -> Tensor:
+        if cache is None or not cache.layers[0].length or len(inputs.ids) > 1 or inputs.is_vision.any():
+            return super().forward(inputs, cache, only_last)
+        place, angles = cache.layers[0].length, rope_angles(inputs.positions, self.cfg.text)[:, None]
+        window = max(256, 1 << place.bit_length())
+        for kv in cache.layers:
+            if kv.buffer.shape[2] != window:
+                grown = kv.buffer.new_zeros(*kv.buffer.shape[:2], window, kv.buffer.shape[3])
+                grown[:, :, :place] = kv.buffer[:, :, :place]
+                kv.buffer = grown
+                torch._dynamo.mark_static_address(grown)                    # so a CUDA graph may keep it where it is
+                torch._dynamo.maybe_mark_dynamic(grown, 2)                  # so a larger window is not compiled anew
+            kv.length += 1
+        given = self, inputs.ids, angles.cos(), angles.sin(), inputs.ids.new_tensor([place]), [kv.buffer for kv in cache.layers]
+        try:
+            return self.step(*given)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:        # what goes wrong while compiling is one
+            self.announce(f"nothing can be compiled here ({str(error).strip().splitlines()[0]}): going on without")
+            self.step = step
+            return step(*given)
+
+
+def compiled(model: ErnieVL, announce: Callable = lambda sentence: None) -> CompiledErnieVL:
+    """Turns a plain model, not quantised and not shared, into one whose steps are compiled, and compiles one."""
+    for module in model.modules():
+        if type(module) is Experts:
+            module.__class__ = GroupedExperts
+            module.stack()
+    model.__class__ = CompiledErnieVL
+    mode = "reduce-overhead" if model.norm.weight.is_cuda else None        # a CUDA graph: one launch for the whole step
+    model.announce, model.step = announce, torch.compile(step, mode=mode, fullgraph=True)
+    announce("compiling, which takes up to a few minutes")
+    with torch.inference_mode():
+        cache = model.new_cache()
+        for _ in range(2):      # the second is a step, as generate makes them
+            model(model.prepare([0]), cache, only_last=True)
+    return model
+
+
+def step(model: ErnieVL, ids: Tensor, cos: Tensor, sin: Tensor, place: Tensor, buffers: list[Tensor]) -> Tensor:     # -> (1, V)
+    """What ErnieVL.forward does with one text token behind `place` others, with no size that depends on the place."""
+    x, seen = model.embed_tokens(ids), torch.arange(buffers[0].shape[2], device=ids.device)[None] <= place     # (1, D), (1, window)
+    for layer, buffer in zip(model.layers, buffers):
+        attention, y = layer.self_attn, layer.input_layernorm(x)
+        q, k, v = (p(y).unflatten(-1, (-1, attention.head_dim)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        buffer.index_copy_(2, place, torch.stack((rotate_pairs(k, cos, sin), v)).transpose(1, 2))         # (2, G, window, d)
+        q = rotate_pairs(q, cos, sin).view(1, buffer.shape[1], -1, attention.head_dim)                    # (1, G, H/G, d)
+        x = x + attention.o_proj(F.scaled_dot_product_attention(q, *buffer[:, None], attn_mask=seen).reshape(1, -1))
+        y, mlp = layer.post_attention_layernorm(x), layer.mlp
+        if layer.sparse:
+            x = x + mlp.text_moe(y) + (mlp.shared_experts(y) if mlp.shared_experts else 0)
+        else:
+            x = x + mlp(y)
+    head = model.embed_tokens if model.lm_head is None else model.lm_head
+    return F.linear(model.norm(x), head.weight)
+
+
+# ------------------------------------------------------------------------------------------ 7. folder -> model
 def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None,
          progress: Callable = lambda done, all: None, quantize: str | None = None,
-         announce: Callable = lambda sentence: None, rank: int = 0, ranks: int = 1) -> ErnieVL:
+         announce: Callable = lambda sentence: None, rank: int = 0, ranks: int = 1, compile: bool = False) -> ErnieVL:
     """The model of a folder, strictly: every parameter from a file, every tensor of the files used.
 
     dtype None keeps what is stored (fp16 becomes fp32: it would overflow). Routers and their biases are fp32 whatever is
     stored, as in training. quantize "int8" or "int4" rounds the decoder's weights, tensor by tensor, so that there is never
     more in memory than the small model and one tensor. announce(sentence) says how much memory it will take, before anything
     is read, and progress(done, all) how many tensors are. With several ranks, which torch.distributed connects, each loads
-    its own share. Raises InputError, also where the memory is not free."""
+    its own share. compile makes a model whose steps are compiled. Raises InputError, also where the
+    memory is not free."""
     checkpoint = open_checkpoint(Path(folder))
     check_complete(checkpoint)
+    if compile and (quantize or checkpoint.quantized or ranks > 1):
+        raise InputError("a model that is quantised or shared among processes is not compiled: leave out --compile")
     if ranks > 1:
         shard(checkpoint, ranks)
         add_up(checkpoint.model)
     layers = quantize_checkpoint(checkpoint, quantize) if quantize else checkpoint.quantized
-    announce(check_memory(checkpoint, device, dtype))
+    announce(check_memory(checkpoint, device, dtype, compile))
     state: dict[str, Tensor] = {}
     for ours, tensor in read_tensors(checkpoint, progress):
         tensor = own_share(ours, tensor, rank, ranks)
@@ -534,7 +629,8 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None,
         for module in checkpoint.model.modules():
             if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
                 module.__class__ = ThroughFP32
-    return checkpoint.model.eval()
+    checkpoint.model.eval()
+    return compiled(checkpoint.model, announce) if compile else checkpoint.model
 
 
 def has_bf16_products() -> bool:
@@ -558,15 +654,15 @@ def wanted_dtype(ours: str, stored: torch.dtype, asked: torch.dtype | None) -> t
     return asked or (torch.float32 if stored == torch.float16 else stored)
 
 
-def check_memory(checkpoint: Checkpoint, device: str, dtype: torch.dtype | None) -> str:
+def check_memory(checkpoint: Checkpoint, device: str, dtype: torch.dtype | None, compile: bool = False) -> str:
     """A sentence about the memory that the weights will take, or InputError if so much is not free. What a CPU can use as it
-    stands in the file is mapped, and takes none of its own."""
+    stands in the file is mapped, and takes none of its own, unless experts are stacked to be compiled."""
     text, own, mapped = checkpoint.cfg.text, 0, 0
     for ours, parameter in checkpoint.model.state_dict().items():
         source = checkpoint.sources.get(ours)
         stored = DTYPES[source.stored.dtype] if source else None                       # a scale that is made while loading
         wanted = wanted_dtype(ours, stored, dtype) if parameter.is_floating_point() else parameter.dtype
-        if device == "cpu" and wanted == stored != torch.uint8:                        # int4 is packed anew
+        if device == "cpu" and wanted == stored != torch.uint8 and not (compile and "_moe.experts." in ours):    # int4 is packed anew
             mapped += parameter.numel() * wanted.itemsize
         else:
             own += parameter.numel() * wanted.itemsize
@@ -677,7 +773,7 @@ def check_complete(checkpoint: Checkpoint) -> None:
         raise InputError(f"{folder} does not fit its config.json: {first[0]}{rest}")
 
 
-# --------------------------------------------------------------------------------------------- 7. the summary
+# --------------------------------------------------------------------------------------------- 8. the summary
 def summary(checkpoint: Checkpoint) -> str:
     text, vision = checkpoint.cfg.text, checkpoint.cfg.vision
     dense, sparse = (text.mlp_layer_types.count(kind) for kind in ("dense", "sparse"))

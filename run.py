@@ -87,6 +87,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "(default: the bundled tiny/, which knows coloured shapes)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes cuda, then mps, then cpu")
     add("--quantize", choices=("int8", "int4"), help="round the decoder's weights while loading: half or a third of the memory")
+    add("--compile", action="store_true", help="compile the step that makes a token: the first takes about a minute, the others "
+        "are faster on a GPU")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto keeps what the checkpoint stores")
     add = parser.add_argument_group("how to answer").add_argument
     add("--max-new-tokens", metavar="N", type=at_least(1, int), default=1024, help="longest answer (default: %(default)s)")
@@ -409,7 +411,7 @@ def run(args: argparse.Namespace) -> None:
     clock.lap("pictures")
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     progress = lambda done, all: say(f"loading {folder.name}: {100 * done // all} %", redraw=True)
-    model = load(folder, device, dtype, progress, args.quantize, say, RANK, RANKS)
+    model = load(folder, device, dtype, progress, args.quantize, say, RANK, RANKS, args.compile)
     say(f"{folder.name} loaded on {device} in {clock.lap('load'):.1f} s")
     if sum(p.numel() for p in model.parameters()) < 1e7:
         torch.set_num_threads(1)        # so small a model is faster when threads need not wait for one another

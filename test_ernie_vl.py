@@ -9,6 +9,7 @@ import base64
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -777,6 +778,8 @@ def test_what_cannot_be_quantised_is_refused(folders, tmp_path):
     alien = write(tmp_path / "alien", ref.hub_tensors("28b"), ref.config("28b") | {"quantization_config": {"quant_method": "gptq"}})
     with pytest.raises(InputError, match="quantised by 'gptq'"):
         load(alien)
+    with pytest.raises(InputError, match="quantised or shared among processes is not compiled"):
+        load(folders["28b"], quantize="int8", compile=True)
     tensors = ref.hub_tensors("28b") | {"model.norm.weight": torch.ones(96, dtype=torch.int8)}
     with pytest.raises(InputError, match="stored as I8"):
         load(write(tmp_path / "whole", tensors, ref.config("28b")))
@@ -833,6 +836,44 @@ def test_two_processes_compute_what_one_does(tmp_path, capsys):
     assert two("--save-logits", str(tmp_path / "two")) == "" and ask(capsys, "--image", EXAMPLE, "--save-logits", str(tmp_path / "one"))[0] == 0
     one, two = (load_file(tmp_path / name)["logits"] for name in ("one", "two"))
     assert distance(one, two) < 3e-5 and one.abs().max() > 10
+
+
+@pytest.mark.parametrize("name, dtype", [("28b", torch.float32), ("424b", torch.float32), ("28b", torch.bfloat16)])
+def test_grouped_experts_compute_what_single_ones_do(folders, name, dtype):
+    plain = load(folders[name], dtype=dtype).layers[-1].mlp.text_moe
+    grouped = copy.deepcopy(plain)
+    grouped.__class__ = load_weights.GroupedExperts
+    grouped.stack()
+    for rows in (1, 2, 40):
+        x = torch.randn(rows, plain.gate.weight.shape[1], generator=torch.manual_seed(rows)).to(dtype)
+        assert distance(grouped(x), plain(x)) <= (2e-6 if dtype == torch.float32 else 0.02) * plain(x).abs().max()
+    assert grouped.experts[3].up_proj.weight.data_ptr() == grouped.stacks["up_proj"][3].data_ptr()
+
+
+def test_a_compiled_step_computes_what_a_plain_one_does():
+    """Behind a picture, across windows of 256 and 512 tokens, and in a second turn, whose prompt is longer than what is left."""
+    said, plain = [], load(HERE / "tiny")
+    compiled, tokenizer = load(HERE / "tiny", compile=True, announce=said.append), Tokenizer(HERE / "tiny")
+    if any("nothing can be compiled" in line for line in said):
+        pytest.skip("needs a C++ compiler")
+    question = [{"role": "user", "content": [{"type": "text", "text": "Describe this image."}, {"type": "image", "image": EXAMPLE}]}]
+    caches, prompt = [plain.new_cache(), compiled.new_cache()], plain.prepare(*encode_chat(tokenizer, question))
+    none = prompt._replace(patches=prompt.patches[:0], grids=[])
+    steps = itertools.chain([prompt], *(
+        [none._replace(ids=torch.arange(20, 20 + size), positions=torch.arange(at, at + size).expand(3, -1), is_vision=torch.zeros(size, dtype=torch.bool))]
+        for at, size in [*((100 + i, 1) for i in range(230)), (330, 70), *((400 + i, 1) for i in range(8))]))
+    with torch.inference_mode():
+        for inputs in steps:
+            one, two = (model(inputs, cache, only_last=True) for model, cache in zip((plain, compiled), caches))
+            assert distance(one, two) < 1e-5 * one.abs().max()
+    assert caches[1].layers[0].buffer.shape[2] == 512 and one.abs().max() > 1
+
+
+def test_without_a_compiler_it_goes_on_without_after_a_sentence(tmp_path):
+    alone = dict(os.environ, CXX=str(tmp_path / "none"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    done = subprocess.run([sys.executable, "run.py", "--image", EXAMPLE, "--compile"], cwd=HERE, capture_output=True, text=True, env=alone)
+    assert done.returncode == 0 and len(re.findall(r"nothing can be compiled here \(.*\): going on without\n", done.stderr)) == 1
+    assert done.stdout == subprocess.run([sys.executable, "run.py", "--image", EXAMPLE], cwd=HERE, capture_output=True, text=True).stdout != ""
 
 
 def test_a_rank_holds_its_share(folders):

@@ -1,6 +1,7 @@
 """Times this implementation and transformers side by side on this machine, and prints one table.
 
     pip install transformers==5.23.0 && python bench/bench.py > bench/RESULTS.md
+    python bench/bench.py --full       # on a GPU: ours alone, the real shape of the 28B
 
 A model with the proportions of the 28B (756 M parameters, random weights) is written as a checkpoint folder and opened by
 both. Blocks alternate in one process, because machines are shared and their speed wanders: read the ratios. Of transformers
@@ -24,8 +25,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "reference")]
 
 import make_reference as ref                                                         # noqa: E402
-from ernie_vl import generate                                                        # noqa: E402
-from load_weights import load                                                        # noqa: E402
+from ernie_vl import Config, ErnieVL, TextConfig, VisionConfig, generate                                                        # noqa: E402
+from load_weights import compiled, load                                                        # noqa: E402
 
 SHAPE = dict(D=1024, HEADS=8, KV_HEADS=2, HEAD_DIM=128, DENSE=4928, WIDTHS=(640, 208), VOCAB=32000, VIT_DEPTH=8, VIT_WIDTH=640,
              VIT_HEADS=8, VIT_MLP=2560, MODELS={"bench": dict(tie=True, layers=("dense",) + ("sparse",) * 7, shared=2, experts=32, k=6)})
@@ -251,6 +252,53 @@ def fractions(measured: dict, speed: dict[str, float]) -> str:
     return ", ".join(rows)
 
 
+# ------------------------------------------------------------------------------- the real shape, on a CUDA device
+FULL = Config(
+    TextConfig(vocab_size=103_424, hidden_size=2560, intermediate_size=12_288, num_attention_heads=20, num_key_value_heads=4,
+               head_dim=128, max_position_embeddings=131_072, rms_norm_eps=1e-5, rope_theta=500_000.0, mrope_section=(22, 22, 20),
+               tie_word_embeddings=True, mlp_layer_types=("dense",) + ("sparse",) * 27, moe_num_experts=64,
+               moe_intermediate_size=(1536, 512), moe_k=6, moe_num_shared_experts=2),
+    VisionConfig(depth=32, hidden_size=1280, intermediate_size=5120, num_heads=16),
+    image_token_id=100_295, video_token_id=103_367, image_start_token_id=101_304, image_end_token_id=101_305,
+    video_start_token_id=101_306, video_end_token_id=101_307)
+LARGE = (1, 74, 74)                                # patches of a picture of 1024 x 1024 pixels
+
+
+def random_model(cfg: Config, device: str) -> ErnieVL:
+    """bf16 weights made on the device; routers in fp32, as the loader has them."""
+    with torch.device("meta"):
+        model = ErnieVL(cfg).bfloat16()
+        for name, module in model.named_modules():
+            if name.endswith(".gate"):
+                module.float()
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(0, 0.02).add_(float("norm" in name and name.endswith("weight")))
+    return model.eval().requires_grad_(False)
+
+
+def full(cfg: Config, device: str, grid: tuple, steps: int, blocks: int) -> str:
+    """Ours as it is and compiled: seconds to the first token of a prompt with a picture, and tokens a second after it."""
+    model, (t, h, w), rows = random_model(cfg, device), grid, []
+    ids = [3, cfg.image_start_token_id, *[cfg.image_token_id] * (h * w // 4), cfg.image_end_token_id, *range(100, 100 + TEXT)]
+    inputs = model.prepare(ids, torch.randn(h * w, 588), [grid])
+    for name in ("as it is", "--compile"):
+        model = model if name == "as it is" else compiled(model, progress)
+        first, token = [], []
+        for block in range(blocks + 1):                # the first one warms up
+            start = time.perf_counter()
+            answer = generate(model, inputs, steps + 1, stop=())
+            next(answer)
+            middle = time.perf_counter()
+            assert len(list(answer)) == steps
+            first.append(middle - start)
+            token.append((time.perf_counter() - middle) / steps)
+        first, token = (statistics.median(seconds[1:]) for seconds in (first, token))
+        rows.append(f"| {name} | {1000 * first:.1f} | {1000 * token:.2f} | {1 / token:.1f} |")
+        progress(rows[-1])
+    return "\n".join([f"| {len(ids):,} tokens, {device} | first token, ms | each after it, ms | tokens/s |", "|---|--:|--:|--:|", *rows])
+
+
 def cpu_name() -> str:
     try:
         return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
@@ -263,7 +311,12 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=3, help="how often everything is measured (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=128, help="tokens decoded in a block (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
+    parser.add_argument("--full", action="store_true", help="the 28B's own shape, random bf16 weights, on a CUDA device with 80 GB")
     args = parser.parse_args()
+    if args.full:
+        if not torch.cuda.is_available():
+            sys.exit("error: --full needs a CUDA device with 80 GB: without one, leave it out")
+        return print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n{full(FULL, 'cuda', LARGE, args.steps, args.blocks)}")
     try:
         import transformers
     except ModuleNotFoundError:
