@@ -42,6 +42,7 @@ import make_reference as ref                                                    
 import run                                                                                          # noqa: E402
 import tokenizer as tokenizer_module                                                                # noqa: E402
 import scenes                                                                                       # noqa: E402
+import train                                                                                        # noqa: E402
 from ernie_vl import (ErnieVL, InputError, RMSNorm, Router, attend, frequencies, generate,      # noqa: E402
                       patch_cells, penalize, positions, rope_angles, rotate_halves, rotate_pairs, sample)
 from load_weights import QuantizedLinear, load, read_config                                         # noqa: E402
@@ -1873,7 +1874,7 @@ def test_tiny_is_small():
 
 
 def test_scenes_are_the_same_for_the_same_seed():
-    for skill in scenes.SKILLS:
+    for skill in scenes.SKILLS | scenes.PRACTICE:
         one, two, other = (scenes.example(skill, seed) for seed in (7, 7, 8))
         assert one.answer == two.answer and [p.tobytes() for p in scenes.pictures_of(one)] == [p.tobytes() for p in scenes.pictures_of(two)]
         assert (one.answer, one.messages[0]["content"]) != (other.answer, other.messages[0]["content"])
@@ -1884,6 +1885,39 @@ def test_tiny_answers_the_examples(capsys, example):
     files = [argument for file in example["files"] for argument in ("--video" if file.endswith(".gif") else "--image", str(HERE / "examples" / file))]
     code, out, _ = ask(capsys, *files, "--prompt", example["question"], *example.get("options", ()))
     assert code == 0 and out.split("</think>")[-1].strip() == example["answer"]
+
+
+def test_conversations_of_a_pack_do_not_see_one_another():
+    model, tokenizer = load(HERE / "tiny"), Tokenizer(HERE / "tiny")
+    examples = [(skill, scenes.example(skill, 3)) for skill in ("compare", "talk", "watch", "count")]
+    pack, alone = train.Pack(tokenizer, model.cfg, examples), [train.Pack(tokenizer, model.cfg, [it]) for it in examples]
+    assert pack.lengths == [len(one.targets) for one in alone] and torch.equal(pack.targets, torch.cat([one.targets for one in alone]))
+    with torch.no_grad():
+        apart, separately = torch.empty(0), torch.cat([model(one.inputs) for one in alone])
+        with train.apart(pack.lengths):
+            apart = model(pack.inputs)
+        assert distance(apart, separately) < 3e-5 and distance(model(pack.inputs), separately) > 0.1
+
+
+def test_the_bias_brings_in_experts_that_nobody_chooses():
+    model = load(HERE / "tiny")
+    gate = next(module for module in model.modules() if isinstance(module, Router))
+    x, chosen = torch.randn(1, gate.weight.shape[1], generator=torch.manual_seed(0)), set()
+    for rate, everybody in ((0.0, False), (0.05, True)):
+        balance = train.Balance(model, rate, 0, 0)
+        for _ in range(100):
+            chosen |= set(gate(x)[1].flatten().tolist())
+            balance.step()
+        assert (len(chosen) == len(gate.weight)) is everybody
+
+
+def test_training_goes_on_where_it_stopped(tmp_path):
+    again = lambda *more: subprocess.run([sys.executable, "tiny/train.py", "--out", str(tmp_path), "--workers", "0", *more], cwd=HERE,
+                                         capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(r" +\d+\.\d min  step +2  loss \d\.\d+ .*  describe 0 .*\n", again("--steps", "2"))
+    before = load(tmp_path).embed_tokens.weight
+    assert "step     4  loss" in again("--steps", "4", "--resume") and not torch.equal(load(tmp_path).embed_tokens.weight, before)
+    assert load_picture(str(tmp_path / "curves.png")).width > 800
 
 
 def test_the_python_of_the_readme_runs(capsys, monkeypatch):
