@@ -755,17 +755,20 @@ def test_weights_are_rounded_to_the_nearest_number_they_can_be(kind, columns):
         assert layer(x.bfloat16()).dtype == torch.bfloat16 and layer(x).dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind, error", [("int8", 0.05), ("int4", 0.6)])
-def test_a_quantised_copy_is_what_quantising_while_loading_gives(tmp_path, kind, error):
-    """And it is close to the checkpoint: the error is the mean over the logits, which reach 30 here."""
+@pytest.mark.parametrize("kind, error, saved", [("int8", 0.01, 0.95), ("int4", 0.15, 1.2)])
+def test_a_quantised_copy_is_what_quantising_while_loading_gives(tmp_path, kind, error, saved):
+    """And it is close to the checkpoint: the error is the logits' mean one, in parts of their mean size; measured 0.008 and 0.14.
+    saved: bytes of the two that each weight of the decoder takes in the checkpoint."""
     tokenizer, exact = Tokenizer(HERE / "tiny"), load(HERE / "tiny")
     load_weights.save_quantized(HERE / "tiny", kind, tmp_path / "small")
     now, copied = load(HERE / "tiny", quantize=kind), load(tmp_path / "small")
     question = [{"role": "user", "content": [{"type": "text", "text": "Describe this image."}, {"type": "image", "image": EXAMPLE}]}]
     given = exact.prepare(*encode_chat(tokenizer, question))
-    assert torch.equal(now(given), copied(given)) and 0 < (now(given) - exact(given)).abs().mean() < error
+    assert torch.equal(now(given), copied(given)) and 0 < (now(given) - exact(given)).abs().mean() < error * exact(given).abs().mean()
     assert encode_chat(Tokenizer(tmp_path / "small"), question).ids == given.ids.tolist()
-    assert sum(f.stat().st_size for f in (tmp_path / "small").glob("*.safetensors")) < 0.6 * (HERE / "tiny" / "model.safetensors").stat().st_size
+    weights = sum(linear.weight.numel() for linear in exact.layers.modules() if isinstance(linear, nn.Linear))
+    bytes_of = lambda folder: sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert bytes_of(tmp_path / "small") < bytes_of(HERE / "tiny") - saved * weights
     with pytest.raises(InputError, match="quantised already"):
         load(tmp_path / "small", quantize="int4")
     with pytest.raises(InputError, match="is there already"):
@@ -1302,7 +1305,7 @@ def test_a_clip_in_the_prompt(tokenizer, small_clips):
 
 def test_the_bundled_checkpoint_takes_a_clip(capsys):
     code, out, err = ask(capsys, "--video", str(HERE / "examples" / "moving.gif"), "--max-new-tokens", "5")
-    assert code == 0 and out.endswith("\n") and "6 frames 168 x 126 -> 560 x 420 -> 900 tokens" in err
+    assert code == 0 and out.endswith("\n") and "6 frames 168 x 126 -> 140 x 84 -> 45 tokens" in err
 
 
 def test_small_frames_are_enlarged_and_tiny_ones_not_stamped():
@@ -1859,12 +1862,12 @@ def test_options_that_do_not_go_together(capsys, args, words):
 
 
 # ---------------------------------------------------------------------------------------------- 13. tiny/ and README
-LEAST = {"describe": 14, "read": 13, "compare": 8, "watch": 12, "talk": 18, "think": 7, "locate": 5, "count": 4}      # of 20
+LEAST = {"describe": 19, "read": 15, "count": 9, "locate": 17, "compare": 17, "watch": 14, "talk": 19, "think": 14, "zoom": 12, "decline": 13}      # of 20
 
 
 @pytest.mark.parametrize("skill", LEAST)
 def test_tiny_on_pictures_it_never_saw(skill):
-    """20 fresh samples. tiny/README.md says what it gets of 500; the bar is lower, so that luck does not decide."""
+    """20 fresh samples. tiny/README.md says what it gets of 500; the bar is one below what it got of these."""
     model, tokenizer = load(HERE / "tiny"), Tokenizer(HERE / "tiny")
     assert 20 * evaluate.score(model, tokenizer, skill, 20) >= LEAST[skill]
 
@@ -1918,6 +1921,14 @@ def test_training_goes_on_where_it_stopped(tmp_path):
     before = load(tmp_path).embed_tokens.weight
     assert "step     4  loss" in again("--steps", "4", "--resume") and not torch.equal(load(tmp_path).embed_tokens.weight, before)
     assert load_picture(str(tmp_path / "curves.png")).width > 800
+
+
+def test_the_answers_that_the_readme_shows(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(HERE)
+    shown = re.findall(r"^\$ python run.py (--(?:image|video) examples.*)\n((?:(?!\$|```).*\n)+)", (HERE / "README.md").read_text(), re.M)
+    for command, answer in shown:
+        assert ask(capsys, *shlex.split(command.replace("box.png", str(tmp_path / "box.png"))))[:2] == (0, answer), command
+    assert len(shown) == 5 and (tmp_path / "box.png").is_file()
 
 
 def test_the_python_of_the_readme_runs(capsys, monkeypatch):

@@ -366,7 +366,7 @@ def plot(curve: list[dict], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(HERE), help="folder of the checkpoint (default: this one)")
-    parser.add_argument("--minutes", type=float, default=84, help="how long, what was before --resume included (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=240, help="how long, what was before --resume included (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="so many optimizer steps instead of minutes")
     parser.add_argument("--rate", type=float, default=1.6e-3, help="highest learning rate (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from training.pt, or else from the weights")
