@@ -288,7 +288,8 @@ def about(ask, rng: random.Random, look: Look, kinds: list[tuple], further: list
     box = lambda thing: box_in(outline(thing, *size), size, look)
     question, answer = ask(rng, things, box)
     more = tuple((name, *ASK[name](rng, things, box)) for name in rng.choices(further, k=rng.randint(2, 6) if further else 0))
-    question = question if seen else f"There is {listing(things)}. {question}"
+    if not seen:
+        question = f"There is {listing(things)}. {question}"
     return Example(user(rng, question, *picture), answer, think=ask is ask_think, more=more)
 
 

@@ -31,9 +31,9 @@ HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE.parent), str(HERE)]
 
 import ernie_vl                                                                       # noqa: E402
-from ernie_vl import Config, ErnieVL, Experts, Inputs, Router, is_vision, positions    # noqa: E402
-from load_weights import candidates, load, read_config, router                             # noqa: E402
-from scenes import SKILLS, Example, after_zoom, example                      # noqa: E402
+from ernie_vl import Config, ErnieVL, Inputs, Router, is_vision, positions            # noqa: E402
+from load_weights import candidates, load, read_config, router                        # noqa: E402
+from scenes import SKILLS, Example, after_zoom, example                               # noqa: E402
 from tokenizer import ZOOM_TOOL, Tokenizer, encode_chat                               # noqa: E402
 
 # How often a skill is drawn. What is hard to learn, or is a part of others, comes more often.
@@ -44,7 +44,7 @@ EARLY, EARLY_SHARES = 800, {"describe": 8, "read": 6, "count": 4, "locate": 4, "
 TRAINED = 10**9          # seeds of pictures to train on start here; those before are for measuring
 FRESH_START = 10**6      # step from which pictures are drawn when training begins anew from weights: none is seen twice
 PACK = 24                                # conversations in one optimizer step
-TOKENS = 600                             # what the loss of a step is divided by: about the number of tokens that are asked for
+TOKENS = 600                             # what the loss of a step is divided by, near the number of tokens that are asked for (400 to 550)
 PICTURE, FRAME = (12_544, 25_088), (12_544, 15_680)      # fewest and most pixels: 16 to 32 tokens a picture, 8 to 10 a frame
 CONTROL = ["<|end_of_sentence|>", "<|begin_of_sentence|>", "<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>",
            "<|VIDEO_START|>", "<|VIDEO_END|>", "<|VIDEO_PLACEHOLDER|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
@@ -290,10 +290,12 @@ class Progress:
 
 def train(args: argparse.Namespace) -> None:
     out, speaks = Path(args.out), RANK == 0
-    if not args.resume:
+    if speaks and not args.resume:
         out.mkdir(exist_ok=True)
         make_vocabulary(out)
         make_config(out)
+    if RANKS > 1:
+        dist.barrier()      # the others wait for these files
     model = new_model(read_config(json.loads((out / "config.json").read_text()))).to(args.device)
     matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n and "gate.weight" not in n}
     others = [p for n, p in model.named_parameters() if p.requires_grad and n not in matrices]
