@@ -84,7 +84,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", metavar="FILE", type=Path, help="where --batch writes (default: stdout); lines that are there are not done again")
     add = parser.add_argument_group("which model").add_argument
     add("--model", metavar="FOLDER", default=str(TINY), help="a checkpoint folder, or a hub id in the local Hugging Face cache "
-        "(default: the bundled tiny/, which knows coloured shapes)")
+        "(default: the bundled tiny/, which knows coloured shapes and printed words)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes cuda, then mps, then cpu")
     add("--quantize", choices=("int8", "int4"), help="round the decoder's weights while loading: half or a third of the memory")
     add("--compile", action="store_true", help="compile the step that makes a token: the first takes about a minute, the others "
