@@ -87,8 +87,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "(default: the bundled tiny/, which knows coloured shapes and printed words)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes cuda, then mps, then cpu")
     add("--quantize", choices=("int8", "int4"), help="round the decoder's weights while loading: half or a third of the memory")
-    add("--compile", action="store_true", help="compile the step that makes a token: the first takes about a minute, the others "
-        "are faster on a GPU")
+    add("--compile", action="store_true", help="compile the step that makes a token, which takes up to a few minutes: "
+        "made for a GPU, where it has not been measured yet")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto keeps what the checkpoint stores")
     add = parser.add_argument_group("how to answer").add_argument
     add("--max-new-tokens", metavar="N", type=at_least(1, int), default=1024, help="longest answer (default: %(default)s)")

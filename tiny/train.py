@@ -313,10 +313,10 @@ def train(args: argparse.Namespace) -> None:
             optimizer.load_state_dict(its)
     drawn = torch.utils.data.DataLoader(Drawn(out, model.cfg), batch_size=None, sampler=iter(range(state["step"], 10**9)),
                                         num_workers=args.workers, prefetch_factor=8 if args.workers else None)
-    progress, clock = Progress(state["curve"], state["seconds"]), torch.tensor([state["seconds"]])
+    progress, clock = Progress(state["curve"], state["seconds"]), torch.tensor([state["seconds"]], device=args.device)
     for step, pack in enumerate(drawn, state["step"] + 1):
         done = step / args.steps if args.steps else clock.item() / (60 * args.minutes)
-        scale = min(1, step % FRESH_START / 150, max(0.0, (1 - done) / 0.35))      # up, level, and in the longer half down to nothing
+        scale = min(1, step % FRESH_START / 150, max(0.0, (1 - done) / 0.35))      # up, level, and in the last third down to nothing
         for optimizer, rate in zip(optimizers, rates):
             optimizer.param_groups[0]["lr"] = rate * scale
         with apart(pack.lengths):
