@@ -1,21 +1,24 @@
 """Times this implementation and transformers side by side on this machine, and prints one table.
 
     pip install transformers==5.23.0 && python bench/bench.py > bench/RESULTS.md
-    python bench/bench.py --full       # on a GPU: ours alone, the real shape of the 28B
+    python bench/bench.py --full       # on a GPU, the real shape of the 28B, random weights made there
 
 A model with the proportions of the 28B (756 M parameters, random weights) is written as a checkpoint folder and opened by
 both. Blocks alternate in one process, because machines are shared and their speed wanders: read the ratios. Of transformers
-the fastest of its experts (grouped_mm, eager) and caches (dynamic, static) counts, each row by itself.
+the fastest of its experts (grouped_mm, eager) and caches (dynamic, static) counts, each row by itself. With --full one side
+follows the other, because both do not fit into 80 GB.
 """
 import argparse
 import gc
 import json
+import math
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -25,21 +28,28 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "reference")]
 
 import make_reference as ref                                                         # noqa: E402
-from ernie_vl import Config, ErnieVL, TextConfig, VisionConfig, generate                                                        # noqa: E402
-from load_weights import compiled, load                                                        # noqa: E402
+from ernie_vl import Config, ErnieVL, generate                                       # noqa: E402
+from load_weights import compiled, load, read_config                                 # noqa: E402
 
 SHAPE = dict(D=1024, HEADS=8, KV_HEADS=2, HEAD_DIM=128, DENSE=4928, WIDTHS=(640, 208), VOCAB=32000, VIT_DEPTH=8, VIT_WIDTH=640,
              VIT_HEADS=8, VIT_MLP=2560, MODELS={"bench": dict(tie=True, layers=("dense",) + ("sparse",) * 7, shared=2, experts=32, k=6)})
-PICTURE = (1, 36, 36)                              # patches of a picture of 500 x 500 pixels
+FULL = dict(D=2560, HEADS=20, KV_HEADS=4, HEAD_DIM=128, DENSE=12_288, WIDTHS=(1536, 512), VOCAB=103_424, VIT_DEPTH=32, VIT_WIDTH=1280,
+            VIT_HEADS=16, VIT_MLP=5120, MODELS={"bench": dict(tie=True, layers=("dense",) + ("sparse",) * 27, shared=2, experts=64, k=6)})
+PICTURE, LARGE = (1, 36, 36), (1, 74, 74)          # patches of a picture of 500 x 500 pixels, and of 1024 x 1024
 TEXT = 64                                          # tokens behind it
 
 
 # ----------------------------------------------------------------------------------------------- the checkpoint
-def build(folder: Path) -> None:
-    """Random bf16 weights in four files under the hub's names."""
-    vars(ref).update(SHAPE)
+def config_of(shape: dict) -> dict:
+    vars(ref).update(shape)
     config = ref.config("bench")
     config["text_config"]["max_position_embeddings"] = 16_384
+    return config
+
+
+def build(folder: Path) -> None:
+    """Random bf16 weights in four files under the hub's names."""
+    config = config_of(SHAPE)
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     random, shapes, files = torch.Generator().manual_seed(0), ref.hub_shapes("bench"), {}
     for shard in range(4):
@@ -51,28 +61,28 @@ def build(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
-def prompt() -> tuple[list[int], torch.Tensor]:
-    t, h, w = PICTURE
+def prompt(grid: tuple) -> tuple[list[int], torch.Tensor]:
+    t, h, w = grid
     ids = [3, ref.IMAGE_START, *[ref.IMAGE] * (h * w // 4), ref.IMAGE_END, *range(100, 100 + TEXT)]
     return ids, torch.randn(h * w, 588, generator=torch.Generator().manual_seed(1))
 
 
 # --------------------------------------------------------------------------------------------------- two sides
 class Ours:
-    def __init__(self, folder: Path, dtype: torch.dtype, quantize: str | None = None):
-        self.model = load(folder, dtype=dtype, quantize=quantize)
+    def __init__(self, model: ErnieVL, grid: tuple = PICTURE):
+        self.model, self.grid, self.device = model, grid, model.norm.weight.device
 
     @torch.inference_mode()
     def vit(self) -> float:
-        ids, patches = prompt()
+        patches = prompt(self.grid)[1].to(self.device)
         start = time.perf_counter()
-        self.model.see(patches, [PICTURE])
+        self.model.see(patches, [self.grid])[0, 0].item()      # which waits for a GPU
         return time.perf_counter() - start
 
     def turn(self, steps: int) -> tuple[float, float]:
         """Seconds to the first token of an answer about a picture, and for each token after it."""
-        ids, patches = prompt()
-        inputs, start = self.model.prepare(ids, patches, [PICTURE]), time.perf_counter()
+        ids, patches = prompt(self.grid)
+        inputs, start = self.model.prepare(ids, patches, [self.grid]), time.perf_counter()
         answer = generate(self.model, inputs, steps + 1, stop=())
         next(answer)
         first = time.perf_counter() - start
@@ -84,7 +94,7 @@ class Ours:
         """Seconds a token behind a context whose keys and values are random numbers."""
         cache, dtype, G, d = self.model.new_cache(), self.model.embed_tokens.weight.dtype, ref.KV_HEADS, ref.HEAD_DIM
         for kv in cache.layers:
-            kv.append(torch.randn(2, G, context, d).to(dtype))
+            kv.append(torch.randn(2, G, context, d).to(self.device, dtype))
         seconds = []
         for i in range(steps + 1):
             where = torch.full((3, 1), context + i)
@@ -98,10 +108,25 @@ class Ours:
 class Theirs:
     """transformers, without the overhead of its generate()."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, experts: str = "grouped_mm", static: bool = False):
+    CHOICES = (("grouped_mm", False), ("grouped_mm", True), ("eager", False), ("eager", True))      # experts, static cache
+
+    def __init__(self, model, static: bool = False, grid: tuple = PICTURE):
+        self.model, self.static, self.grid, self.device = model, static, grid, model.device
+
+    @staticmethod
+    def load(folder: Path, dtype: torch.dtype, experts: str):
         from transformers import Ernie4_5_VLMoeForConditionalGeneration
-        self.static, self.model = static, Ernie4_5_VLMoeForConditionalGeneration.from_pretrained(
+        return Ernie4_5_VLMoeForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", experts_implementation=experts).eval()
+
+    @staticmethod
+    def random(config: dict, device: str, experts: str):
+        """bf16 weights made on the device."""
+        from transformers import AutoConfig, Ernie4_5_VLMoeForConditionalGeneration
+        config = AutoConfig.for_model(**config)
+        with torch.device(device):
+            return Ernie4_5_VLMoeForConditionalGeneration._from_config(
+                config, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation=experts).eval()
 
     def cache(self, length: int):
         from transformers import DynamicCache, StaticCache
@@ -109,22 +134,24 @@ class Theirs:
         return StaticCache(config=config, max_cache_len=length) if self.static else DynamicCache(config=config)
 
     def step(self, cache, token: int, where: int) -> int:
-        ids = torch.tensor([[token]])
-        out = self.model(input_ids=ids, past_key_values=cache, position_ids=torch.full((3, 1, 1), where), use_cache=True,
-                         moe_mm_token_type_ids=torch.zeros_like(ids), mm_token_type_ids=torch.zeros_like(ids))
+        ids = torch.tensor([[token]], device=self.device)
+        out = self.model(input_ids=ids, past_key_values=cache, position_ids=torch.full((3, 1, 1), where, device=self.device),
+                         use_cache=True, moe_mm_token_type_ids=torch.zeros_like(ids), mm_token_type_ids=torch.zeros_like(ids))
         return int(out.logits[0, -1].argmax())
 
     @torch.inference_mode()
     def vit(self) -> float:
-        ids, patches = prompt()
+        patches = prompt(self.grid)[1].to(self.device, self.model.dtype)
         start = time.perf_counter()
-        self.model.model.get_image_features(patches.to(self.model.dtype), torch.tensor([PICTURE]))
+        out = self.model.model.get_image_features(patches, torch.tensor([self.grid], device=self.device))
+        out.pooler_output[0][0, 0].item()
         return time.perf_counter() - start
 
     @torch.inference_mode()
     def turn(self, steps: int) -> tuple[float, float]:
-        ids, patches = prompt()
-        given, cache = ref.their_inputs(ids, [patches], [PICTURE]), self.cache(len(ids) + steps + 2)
+        ids, patches = prompt(self.grid)
+        given, cache = ref.their_inputs(ids, [patches], [self.grid]), self.cache(len(ids) + steps + 2)
+        given = {name: tensor.to(self.device) for name, tensor in given.items()}
         self.model.model.rope_deltas = None
         start = time.perf_counter()
         token = int(self.model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
@@ -137,7 +164,7 @@ class Theirs:
     def long(self, context: int, steps: int) -> float:
         cache, seconds = self.cache(context + steps + 2), []
         for layer in range(len(ref.MODELS["bench"]["layers"])):
-            k, v = torch.randn(2, 1, ref.KV_HEADS, context, ref.HEAD_DIM).to(self.model.dtype)
+            k, v = torch.randn(2, 1, ref.KV_HEADS, context, ref.HEAD_DIM).to(self.device, self.model.dtype)
             cache.update(k, v, layer)
         for i in range(steps + 1):
             start = time.perf_counter()
@@ -196,45 +223,51 @@ def limits() -> dict[str, float]:
 
 def measure(folder: Path, blocks: int, steps: int) -> dict[str, dict[str, list[float]]]:
     """measurement -> side -> one number a block"""
-    out: dict[str, dict[str, list[float]]] = {}
-    def note(what: str, side: str, value: float) -> None:
-        out.setdefault(what, {}).setdefault(side, []).append(value)
+    out: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for block in range(blocks):
         for side in ("ours", "theirs"):
             seconds, own = loading(folder, side)
-            note("load, s", side, seconds)
-            note("load, GB of its own", side, own)
+            out["load, s"][side].append(seconds)
+            out["load, GB of its own"][side].append(own)
         progress(f"block {block + 1}: loading")
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        sides = {"ours": Ours(folder, dtype)}
-        sides |= {kind: Ours(folder, dtype, kind) for kind in ("int8", "int4") if dtype == torch.bfloat16}
-        sides |= {f"theirs, {experts}, {'static' if static else 'dynamic'}": Theirs(folder, dtype, experts, static)
-                  for experts, static in (("grouped_mm", False), ("grouped_mm", True), ("eager", False))}
-        for block in range(blocks + 1):                 # the first one warms up
-            for side, model in sides.items():
-                first, token = model.turn(steps)
-                numbers = {"ViT, s": model.vit(), "first token, s": first, "token at 0.5k, ms": 1000 * token,
-                           "token at 8k, ms": 1000 * model.long(8192, max(2, steps // 8))}
-                for what, value in numbers.items() if block else ():
-                    note(f"{name}: {what}", side, value)
-                progress(f"{name}, block {block} of {blocks}: {side}")
-        del sides, model
+        sides = {"ours": Ours(load(folder, dtype=dtype))}
+        sides |= {kind: Ours(load(folder, dtype=dtype, quantize=kind)) for kind in ("int8", "int4") if dtype == torch.bfloat16}
+        theirs = {experts: Theirs.load(folder, dtype, experts) for experts in ("grouped_mm", "eager")}
+        alternate(out, name, sides | {called(*choice): Theirs(theirs[choice[0]], choice[1]) for choice in Theirs.CHOICES}, blocks, steps)
+        del sides, theirs
         gc.collect()
     return out
+
+
+def called(experts: str, static: bool) -> str:
+    return f"theirs, {experts}, {'static' if static else 'dynamic'}"
+
+
+def alternate(out: dict, name: str, sides: dict, blocks: int, steps: int) -> None:
+    """Every side once a block; the first block warms up."""
+    for block in range(blocks + 1):
+        for side, model in sides.items():
+            first, token = model.turn(steps)
+            numbers = {"ViT, s": model.vit(), "first token, s": first, "token at 0.5k, ms": 1000 * token,
+                       "token at 8k, ms": 1000 * model.long(8192, max(2, steps // 8))}
+            for what, value in numbers.items() if block else ():
+                out[f"{name}: {what}"][side].append(value)
+            progress(f"{name}, block {block} of {blocks}: {side}")
 
 
 def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def table(measured: dict) -> str:
+def table(measured: dict, columns: tuple = ("ours", "int8", "int4")) -> str:
     """Medians with their spread over the blocks, and how many times faster than the fastest transformers of the row."""
-    rows = ["| | transformers | ours | | int8 | | int4 | |", "|---|---|---|--:|---|--:|---|--:|"]
+    rows = ["| | transformers | " + " | | ".join(columns) + " | |", "|---|---|" + "---|--:|" * len(columns)]
     for what, sides in measured.items():
         theirs = {side: statistics.median(values) for side, values in sides.items() if side.startswith("theirs")}
         best = min(theirs, key=theirs.get)
         cells = [f"{theirs[best]:.3g}{best.removeprefix('theirs')}"]
-        for side in ("ours", "int8", "int4"):
+        for side in columns:
             values = sorted(sides.get(side, []))
             cells += [f"{statistics.median(values):.3g} ({values[0]:.3g} to {values[-1]:.3g})",
                       f"{theirs[best] / statistics.median(values):.2f} x"] if values else ["", ""]
@@ -253,17 +286,6 @@ def fractions(measured: dict, speed: dict[str, float]) -> str:
 
 
 # ------------------------------------------------------------------------------- the real shape, on a CUDA device
-FULL = Config(
-    TextConfig(vocab_size=103_424, hidden_size=2560, intermediate_size=12_288, num_attention_heads=20, num_key_value_heads=4,
-               head_dim=128, max_position_embeddings=131_072, rms_norm_eps=1e-5, rope_theta=500_000.0, mrope_section=(22, 22, 20),
-               tie_word_embeddings=True, mlp_layer_types=("dense",) + ("sparse",) * 27, moe_num_experts=64,
-               moe_intermediate_size=(1536, 512), moe_k=6, moe_num_shared_experts=2),
-    VisionConfig(depth=32, hidden_size=1280, intermediate_size=5120, num_heads=16),
-    image_token_id=100_295, video_token_id=103_367, image_start_token_id=101_304, image_end_token_id=101_305,
-    video_start_token_id=101_306, video_end_token_id=101_307)
-LARGE = (1, 74, 74)                                # patches of a picture of 1024 x 1024 pixels
-
-
 def random_model(cfg: Config, device: str) -> ErnieVL:
     """bf16 weights made on the device; routers in fp32, as the loader has them."""
     with torch.device("meta"):
@@ -277,26 +299,18 @@ def random_model(cfg: Config, device: str) -> ErnieVL:
     return model.eval().requires_grad_(False)
 
 
-def full(cfg: Config, device: str, grid: tuple, steps: int, blocks: int) -> str:
-    """Ours as it is and compiled: seconds to the first token of a prompt with a picture, and tokens a second after it."""
-    model, (t, h, w), rows = random_model(cfg, device), grid, []
-    ids = [3, cfg.image_start_token_id, *[cfg.image_token_id] * (h * w // 4), cfg.image_end_token_id, *range(100, 100 + TEXT)]
-    inputs = model.prepare(ids, torch.randn(h * w, 588), [grid])
-    for name in ("as it is", "--compile"):
-        model = model if name == "as it is" else compiled(model, progress)
-        first, token = [], []
-        for block in range(blocks + 1):                # the first one warms up
-            start = time.perf_counter()
-            answer = generate(model, inputs, steps + 1, stop=())
-            next(answer)
-            middle = time.perf_counter()
-            assert len(list(answer)) == steps
-            first.append(middle - start)
-            token.append((time.perf_counter() - middle) / steps)
-        first, token = (statistics.median(seconds[1:]) for seconds in (first, token))
-        rows.append(f"| {name} | {1000 * first:.1f} | {1000 * token:.2f} | {1 / token:.1f} |")
-        progress(rows[-1])
-    return "\n".join([f"| {len(ids):,} tokens, {device} | first token, ms | each after it, ms | tokens/s |", "|---|--:|--:|--:|", *rows])
+def full(shape: dict, grid: tuple, device: str, blocks: int, steps: int) -> str:
+    """Ours as it is and compiled, then transformers."""
+    config, out = config_of(shape), defaultdict(lambda: defaultdict(list))
+    ours = Ours(random_model(read_config(config), device), grid)
+    alternate(out, "bf16", {"ours": ours}, blocks, steps)
+    compiled(ours.model, progress)
+    alternate(out, "bf16", {"--compile": ours}, blocks, steps)
+    del ours
+    for experts, static in Theirs.CHOICES:
+        gc.collect()      # the one before it goes, or there is no room
+        alternate(out, "bf16", {called(experts, static): Theirs(Theirs.random(config, device, experts), static, grid)}, blocks, steps)
+    return table(out, ("ours", "--compile"))
 
 
 def cpu_name() -> str:
@@ -313,16 +327,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="the 28B's own shape, random bf16 weights, on a CUDA device with 80 GB")
     args = parser.parse_args()
-    if args.full:
-        if not torch.cuda.is_available():
-            sys.exit("error: --full needs a CUDA device with 80 GB: without one, leave it out")
-        return print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n{full(FULL, 'cuda', LARGE, args.steps, args.blocks)}")
+    if args.full and not torch.cuda.is_available():
+        sys.exit("error: --full needs a CUDA device with 80 GB: without one, leave it out")
     try:
         import transformers
     except ModuleNotFoundError:
         sys.exit("error: the benchmark compares with transformers: pip install transformers==5.23.0")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if args.full:
+        return print(f"""{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}: a picture of {math.prod(LARGE) // 4:,} tokens and {TEXT} of text
+
+{full(FULL, LARGE, "cuda", args.blocks, args.steps)}""")
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
