@@ -755,9 +755,9 @@ def test_weights_are_rounded_to_the_nearest_number_they_can_be(kind, columns):
         assert layer(x.bfloat16()).dtype == torch.bfloat16 and layer(x).dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind, error, saved", [("int8", 0.01, 0.95), ("int4", 0.15, 1.2)])
+@pytest.mark.parametrize("kind, error, saved", [("int8", 0.015, 0.95), ("int4", 0.22, 1.2)])
 def test_a_quantised_copy_is_what_quantising_while_loading_gives(tmp_path, kind, error, saved):
-    """And it is close to the checkpoint: the error is the logits' mean one, in parts of their mean size; measured 0.008 and 0.14.
+    """And it is close to the checkpoint: the error is the logits' mean one, in parts of their mean size; measured 0.012 and 0.19 of these weights.
     saved: bytes of the two that each weight of the decoder takes in the checkpoint."""
     tokenizer, exact = Tokenizer(HERE / "tiny"), load(HERE / "tiny")
     load_weights.save_quantized(HERE / "tiny", kind, tmp_path / "small")
@@ -1863,7 +1863,7 @@ def test_options_that_do_not_go_together(capsys, args, words):
 
 
 # ---------------------------------------------------------------------------------------------- 13. tiny/ and README
-LEAST = {"describe": 19, "read": 15, "count": 9, "locate": 17, "compare": 17, "watch": 14, "talk": 19, "think": 14, "zoom": 12, "decline": 13}      # of 20
+LEAST = {"describe": 19, "read": 19, "count": 19, "locate": 18, "compare": 17, "watch": 16, "talk": 19, "think": 18, "zoom": 19, "decline": 18}      # of 20
 
 
 @pytest.mark.parametrize("skill", LEAST)
@@ -1875,6 +1875,44 @@ def test_tiny_on_pictures_it_never_saw(skill):
 
 def test_tiny_is_small():
     assert sum(f.stat().st_size for f in (HERE / "tiny").iterdir() if f.is_file() and f.name != "training.pt") <= 4_000_000
+
+
+def told(text: str) -> list[tuple[str, str, str]]:
+    """A scene in words -> (colour, shape, place) of every thing."""
+    return re.findall(r"a (\w+) (circle|square|triangle|star) ((?:at|on|in) the \w+(?: left| right)?)", text)
+
+
+def true_answer(question: str, things: list[tuple[str, str, str]]) -> str:
+    """What follows from the words alone; of what is counted the number."""
+    one = lambda words: [thing for thing in things if set(words.split()) <= {*thing, "thing"}]
+    if match := re.match(r"(?:How many things are|How many are|Count what is|How many|Count the) (.*?)s?(?: are there| do you see)?[.?]$", question):
+        return f"{len(one(match[1]))}."
+    if match := re.match(r"Where (?:is|do you see) the (.*)[?]", question):
+        if match[1] in ("circle", "square", "triangle", "star"):
+            return f"The {match[1]} is {one(match[1])[0][2]}."
+        return f"{one(match[1])[0][2]}." if one(match[1]) else f"no {match[1]}."
+    at = {place: (colour, shape) for colour, shape, place in things}
+    if match := re.match(r"What colour is the thing (.*)[?]", question):
+        return f"{at[match[1]][0].capitalize()}."
+    if match := re.match(r"What (colour|shape) is the (.*)[?]", question):
+        [(colour, shape, _)] = one(match[2])
+        return f"The {match[2]} is {colour if match[1] == 'colour' else 'a ' + shape}."
+    return f"A {' '.join(at[re.match(r'What is (.*)[?]', question)[1]])}."
+
+
+def test_what_scenes_says_about_a_scene_told_in_words_is_true():
+    asked = set()
+    for seed in range(150):
+        it = scenes.example("told", seed)
+        scene, question = it.messages[0]["content"][0]["text"].split(". ", 1)
+        for question, answer in [(question, it.answer), *((question, answer) for _, question, answer in it.more)]:
+            assert answer.split(": ")[-1] == true_answer(question, told(scene)), (scene, question)
+            if ": " in answer:      # it counts along, one by one
+                for (colour, shape, place), item in zip(told(scene), answer.lower().split(": ")[0].split(", "), strict=True):
+                    assert re.fullmatch(rf"{place} ({colour}|a {shape}|{colour} {shape})( \(\d\))?", item)
+                assert [*map(int, re.findall(r"\((\d)\)", answer))] == [*range(1, (int(answer[-2]) if answer[-2].isdigit() else " no " not in answer) + 1)]
+            asked.add(" ".join(question.split()[:2]))
+    assert asked == {"How many", "Count the", "Count what", "Where is", "Where do", "What is", "What colour", "What shape"}
 
 
 def test_scenes_are_the_same_for_the_same_seed():
@@ -1915,13 +1953,24 @@ def test_the_bias_brings_in_experts_that_nobody_chooses():
         assert (len(chosen) == len(gate.weight)) is everybody
 
 
-def test_training_goes_on_where_it_stopped(tmp_path):
-    again = lambda *more: subprocess.run([sys.executable, "tiny/train.py", "--out", str(tmp_path), "--workers", "0", *more], cwd=HERE,
-                                         capture_output=True, text=True, check=True).stdout
+def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    drawn, draw = [], train.Drawn.__getitem__
+    monkeypatch.setattr(train.Drawn, "__getitem__", lambda self, step: drawn.append(step) or draw(self, step))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+    def again(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path), "--workers", "0", *more])
+        with torch.enable_grad():
+            train.main()
+        return capsys.readouterr().out
+
     assert re.fullmatch(r" +\d+\.\d min  step +2  loss \d\.\d+ .*  describe 0 .*\n", again("--steps", "2"))
     before = load(tmp_path).embed_tokens.weight
     assert "step     4  loss" in again("--steps", "4", "--resume") and not torch.equal(load(tmp_path).embed_tokens.weight, before)
     assert load_picture(str(tmp_path / "curves.png")).width > 800
+    (tmp_path / "training.pt").unlink()      # from the weights alone, on pictures that nobody was trained on
+    again("--steps", str(train.FRESH_START + 1), "--resume")
+    assert drawn == [0, 1, 2, 3, train.FRESH_START]
 
 
 def test_the_answers_that_the_readme_shows(capsys, monkeypatch, tmp_path):

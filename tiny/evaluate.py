@@ -5,6 +5,7 @@
 """
 import argparse
 import math
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ def answer(model: ErnieVL, tokenizer: Tokenizer, it: Example) -> str:
 
 
 def right(model: ErnieVL, tokenizer: Tokenizer, skill: str, it: Example) -> bool:
-    """To the letter, but for boxes, of which half must be met, and for thoughts, of which the end counts."""
+    """To the letter, but for boxes, of which half must be met, and for what it says on the way to an answer, in thoughts or aloud."""
     said = answer(model, tokenizer, it)
     if skill == "locate":
         boxes = find_boxes(said)
@@ -47,7 +48,8 @@ def right(model: ErnieVL, tokenizer: Tokenizer, skill: str, it: Example) -> bool
         except InputError:      # a box without an inside
             return False
         said = answer(model, tokenizer, it)
-    return said.split("</think>")[-1].strip() == it.answer.split("</think>")[-1].strip()
+    end = lambda text: re.split(r"</think>|: |, so ", text)[-1].strip()
+    return end(said) == end(it.answer)
 
 
 def overlap(a: tuple, b: tuple) -> float:

@@ -142,6 +142,15 @@ def lettering(text: str, rng: random.Random, height: int) -> Image.Image:
     return mask
 
 
+def sign(text: str, rng: random.Random, height: int) -> Image.Image:
+    """Print of this height on a plate with a dark edge."""
+    mask, (ink, ground) = lettering(text, rng, height), inks(rng)
+    plate = Image.new("RGB", (mask.width + rng.randint(14, 34), mask.height + rng.randint(12, 26)), ground)
+    ImageDraw.Draw(plate).rectangle((0, 0, plate.width - 1, plate.height - 1), None, off("black", rng), 2)
+    plate.paste(ink, ((plate.width - mask.width) // 2, (plate.height - mask.height) // 2), mask)
+    return plate
+
+
 def inks(rng: random.Random) -> tuple[tuple, tuple]:
     """Dark on pale, or now and then pale on dark: (print, ground)."""
     dark = off(rng.choice(["red", "green", "blue", "purple", "black", "black"]), rng)
@@ -175,13 +184,18 @@ def listing(things: list[Thing]) -> str:
     return joined([f"a {thing.name} {PLACES[thing.cell]}" for thing in things])
 
 
-def tally(things: list[Thing]) -> str:
-    """Where they are and how many: so it counts with its finger, one after the other."""
-    return sentence(f"{joined([PLACES[thing.cell] for thing in things]) or 'nowhere'}: {len(things)}")
+def aloud(things: list[Thing], says, belongs=lambda thing: False) -> str:
+    """From place to place what is there, as far as it matters, and after a thing that belongs how many there were so far: so it
+    counts with its finger."""
+    said, count = [], 0
+    for thing in things:
+        count += belongs(thing)
+        said.append(f"{PLACES[thing.cell]} {says(thing)}" + f" ({count})" * belongs(thing))
+    return ", ".join(said)
 
 
 def sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
+    return text[0].upper() + text[1:] + "." * (text[-1] != "}")
 
 
 def word(rng: random.Random, longest: int = 6) -> str:
@@ -203,36 +217,44 @@ def ask_describe(rng, things, box):
 WHERE = ["Where is the {}?", "Where do you see the {}?"]
 
 
+def seek(things: list[Thing], colour: str, shape: str = "", answer: str = "") -> str:
+    """It looks at one thing after the other before it says where it is: to know at once is more than it learns."""
+    _, says, belongs = groups(colour, shape)[0 if shape else 2]
+    return sentence(f"{aloud(things, says, belongs)}: {answer or f'no {colour} {shape}'}")
+
+
 def ask_part(rng, things, box):
-    """One property of a thing by another: its name, colour, shape or place, or whether it is there."""
+    """One property of a thing by another."""
     thing, where = rng.choice(things), rng.choice(WHERE)
     colour, shape, cell = thing[0], thing[1], thing.cell
-    place, alone = sentence(PLACES[cell]), lambda axis: sum(thing[axis] == other[axis] for other in things) == 1
     asks = [(f"What is {PLACES[cell]}?", f"A {thing.name}."), (f"What colour is the thing {PLACES[cell]}?", sentence(colour))]
-    if sum(thing.name == other.name for other in things) == 1:
-        asks += 2 * [(where.format(thing.name), place)]
-    if alone(0):
-        asks += [(where.format(f"{colour} thing"), place), (f"What shape is the {colour} thing?", f"A {shape}.")]
-    if alone(1):
-        asks += [(where.format(shape), place), (f"What colour is the {shape}?", sentence(colour))]
-    if rng.random() < 0.25:
-        name = thing.name if rng.random() < 0.5 else rng.choice([f"{colour} {rng.choice(SHAPES)}", f"{rng.choice(list(COLOURS))} {shape}"])
-        asks = [(f"Is there a {name}?", "Yes." if any(name == other.name for other in things) else "No.")]
+    for name, same in ((thing.name, thing[:2]), (f"{colour} thing", (colour,)), (shape, (shape,))):
+        if sum(set(same) <= set(other[:2]) for other in things) == 1:
+            found = f"The {shape} is {PLACES[cell]}." if name == shape else seek(things, *same, answer=PLACES[cell])
+            asks += 2 * [(where.format(name), found)]
+            asks += [(f"What shape is the {name}?", f"The {name} is a {shape}.")] * (name == f"{colour} thing")
+            asks += [(f"What colour is the {name}?", f"The {name} is {colour}.")] * (name == shape)
     return rng.choice(asks)
 
 
 COUNT = ["How many {} are there?", "How many {} do you see?", "Count the {}."]
+COUNT_BY_COLOUR = ["How many things are {}?", "How many are {}?", "Count what is {}."]
 
 
 def groups(colour: str, shape: str) -> list[tuple]:
-    """What can be counted: (its name, whether a kind belongs to it)."""
-    return [(f"{colour} {shape}s", lambda kind: kind == (colour, shape)), (f"{shape}s", lambda kind: kind[1] == shape),
-            (f"{colour} things", lambda kind: kind[0] == colour)]
+    """What can be counted: (the question, what of a thing says whether it belongs, whether a thing or its kind does)."""
+    return [([q.format(f"{colour} {shape}s") for q in COUNT],
+             lambda thing: thing.name if thing.colour == colour else thing.colour, lambda it: it[:2] == (colour, shape)),
+            ([q.format(f"{shape}s") for q in COUNT], lambda thing: f"a {thing.shape}", lambda it: it[1] == shape),
+            ([q.format(colour) for q in COUNT_BY_COLOUR], lambda thing: thing.colour, lambda it: it[0] == colour)]
+
+
+def ask_number(rng, things, questions, says, belongs):
+    return rng.choice(questions), sentence(f"{aloud(things, says, belongs)}: {sum(map(belongs, things))}")
 
 
 def ask_count(rng, things, box):
-    what, belongs = rng.choice(groups(*(rng.choice(things)[:2] if things and rng.random() < 0.7 else some_kinds(rng, 1)[0])))
-    return rng.choice(COUNT).format(what), tally([thing for thing in things if belongs(thing[:2])])
+    return ask_number(rng, things, *rng.choice(groups(*(rng.choice(things)[:2] if rng.random() < 0.7 else some_kinds(rng, 1)[0]))))
 
 
 LOCATE = ["Locate the {}.", "Find the {} and give its box.", "Give the bounding box of the {}.", "Where is the {}? Answer with bbox_2d."]
@@ -240,34 +262,34 @@ LOCATE = ["Locate the {}.", "Find the {} and give its box.", "Give the bounding 
 
 def ask_locate(rng, things, box):
     thing = rng.choice([t for t in things if sum(t.name == other.name for other in things) == 1])
-    return rng.choice(LOCATE).format(thing.name), json.dumps({"bbox_2d": box(thing), "label": thing.name})
+    return rng.choice(LOCATE).format(thing.name), seek(things, *thing[:2], answer=json.dumps({"bbox_2d": box(thing), "label": thing.name}))
 
 
 def ask_absent(rng, things, box):
-    there = {thing.name for thing in things}
-    absent = rng.choice([f"{colour} {shape}" for colour in COLOURS for shape in SHAPES if f"{colour} {shape}" not in there])
-    return rng.choice(WHERE).format(absent), f"There is no {absent}."
+    there = {thing[:2] for thing in things}
+    colour, shape = rng.choice([(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in there])
+    return rng.choice([*WHERE, *LOCATE] if box else WHERE).format(f"{colour} {shape}"), seek(things, colour, shape)
 
 
 def ask_decline(rng, things, box):
-    if rng.random() < 0.1:
-        return rng.choice(READ), "There is no text."
-    question, answer = ask_absent(rng, things, box)
-    return rng.choice([question, rng.choice(LOCATE).format(answer[12:-1])]), answer
+    return ask_absent(rng, things, box) if rng.random() < 0.9 else (rng.choice(READ), "There is no text.")
 
 
 def ask_think(rng, things, box):
     """Reasoning and answer, parted by </think>."""
-    shapes, cell = rng.sample(SHAPES, 2), rng.choice([thing.cell for thing in things] + [rng.randrange(9)])
-    count = {shape: sum(thing.shape == shape for thing in things) for shape in SHAPES}
-    colour = rng.choice(things).colour
-    question, answer = rng.choice([
-        (f"Are there more {shapes[0]}s than {shapes[1]}s?", "Yes." if count[shapes[0]] > count[shapes[1]] else "No."),
-        (f"How many {shapes[0]}s are there?", str(count[shapes[0]])),
-        (f"How many {colour} things are there?", str(sum(thing.colour == colour for thing in things))),
-        (f"What is {PLACES[cell]}?", next((f"A {thing.name}." for thing in things if thing.cell == cell), "Nothing.")),
-    ])
-    return question, f"\nI see {listing(things)}.\n</think>\n\n{answer}"
+    (colour, shape), dice = rng.choice(things)[:2], rng.random()
+    _, by_shape, by_colour = groups(colour, shape)
+    if dice < 0.75:
+        questions, says, belongs = by_colour if dice < 0.25 else by_shape
+        question, number, thought = rng.choice(questions), sum(map(belongs, things)), aloud(things, says, belongs)
+        answer = f"{number}"
+        if dice > 0.5:
+            question, answer = f"Is there more than one {shape}?", "Yes." if number > 1 else "No."
+    else:
+        cell = rng.choice(things).cell if rng.random() < 0.9 else rng.randrange(9)
+        question, answer = f"What is {PLACES[cell]}?", next((f"A {thing.name}." for thing in things if thing.cell == cell), "Nothing.")
+        thought = aloud(things, lambda thing: f"a {thing.name}")
+    return question, f"\n{sentence(thought)}\n</think>\n\n{answer}"
 
 
 READ = ["Read the text.", "What does it say?", "What is written here?", "What does the sign say?", "Read this."]
@@ -286,8 +308,8 @@ def about(ask, rng: random.Random, look: Look, kinds: list[tuple], further: list
     things, size = scatter(rng, kinds), size_of(rng)
     picture = [draw(things, rng, look, size, pale(rng))] if seen else []
     box = lambda thing: box_in(outline(thing, *size), size, look)
-    question, answer = ask(rng, things, box)
-    more = tuple((name, *ASK[name](rng, things, box)) for name in rng.choices(further, k=rng.randint(2, 6) if further else 0))
+    question, answer = ask(rng, things, box if seen else None)
+    more = tuple((name, *ASK[name](rng, things, box if seen else None)) for name in rng.choices(further, k=rng.randint(2, 6) if further else 0))
     if not seen:
         question = f"There is {listing(things)}. {question}"
     return Example(user(rng, question, *picture), answer, think=ask is ask_think, more=more)
@@ -295,7 +317,7 @@ def about(ask, rng: random.Random, look: Look, kinds: list[tuple], further: list
 
 ASK = {"ask": ask_part, "count": ask_count, "locate": ask_locate, "decline": ask_decline, "absent": ask_absent}
 FURTHER = {"scene": [*6 * ["ask"], "count", "locate", "decline", "decline"],      # what else is asked
-           "count": ["count", "ask", "decline"], "told": ["ask", "ask", "count", "absent"], "think": []}
+           "count": ["ask", "ask", "decline"], "told": ["ask", "ask", "count", "absent"], "think": []}
 
 
 def describe(rng, look):
@@ -333,25 +355,26 @@ def think(rng, look):
 
 def count(rng, look):
     """As often none as five, so that no number is a good guess."""
-    what, belongs = rng.choice(groups(*some_kinds(rng, 1)[0]))
+    questions, says, belongs = rng.choice(groups(*some_kinds(rng, 1)[0]))
     every = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     n, rest = rng.randint(0, 5), rng.randint(0, 3)
     kinds = rng.choices([kind for kind in every if belongs(kind)], k=n)
     kinds += rng.choices([kind for kind in every if not belongs(kind)], k=rest or not n)
     rng.shuffle(kinds)
-    ask = lambda rng, things, box: (rng.choice(COUNT).format(what), tally([thing for thing in things if belongs(thing[:2])]))
-    return about(ask, rng, look, kinds, FURTHER["count"])
+    return about(lambda rng, things, box: ask_number(rng, things, questions, says, belongs), rng, look, kinds, FURTHER["count"])
 
 
 def read(rng, look):
-    text, (ink, ground) = word(rng), inks(rng)
-    mask = lettering(text, rng, rng.randint(18, 40))
-    room = rng.randint(10, 30), rng.randint(10, 30)
     if rng.random() < 0.4:      # as in what a zoom gives
-        room = rng.randint(40, 160), rng.randint(30, 90)
-    picture = Image.new("RGB", (max(70, mask.width + room[0]), mask.height + room[1]), ground)
-    spot = rng.randint(4, picture.width - mask.width - 4), rng.randint(4, picture.height - mask.height - 4)
-    picture.paste(ink, spot, mask)
+        text = word(rng, 4)
+        plate = sign(text, rng, rng.randint(20, 28))
+        picture = Image.new("RGB", (max(105, plate.width + rng.randint(20, 90)), max(90, plate.height + rng.randint(10, 80))), pale(rng))
+        picture.paste(plate, (rng.randint(-4, picture.width - plate.width + 4), rng.randint(-4, picture.height - plate.height + 4)))
+    else:
+        text, (ink, ground) = word(rng), inks(rng)
+        mask = lettering(text, rng, rng.randint(18, 40))
+        picture = Image.new("RGB", (max(70, mask.width + rng.randint(10, 40)), mask.height + rng.randint(10, 40)), ground)
+        picture.paste(ink, (rng.randint(4, picture.width - mask.width - 4), rng.randint(4, picture.height - mask.height - 4)), mask)
     return Example(user(rng, rng.choice(READ), spoil(picture, look, rng.getrandbits(32))), text)
 
 
@@ -378,7 +401,7 @@ def compare(rng, look):
 
 def watch(rng, look):
     """A thing moves, or two come one after the other; what happens when is told by the time stamp on a frame."""
-    frames, size, background, step = min(rng.randint(2, 8), rng.randint(2, 8)), size_of(rng, 112, 150), pale(rng), rng.choice([0.5, 1, 2])
+    frames, size, background, step = min(rng.randint(2, 8), rng.randint(2, 8)), size_of(rng, 112, 150), pale(rng), rng.choice([0.5, 1, 10])
     a, b = (Thing(*kind, *spot, rng.uniform(0.1, 0.13)) for kind, spot in
             zip(some_kinds(rng, 2), rng.sample([(x, y) for x in (0.2, 0.5, 0.8) for y in (0.4, 0.75)], 2)))
     if rng.random() < 0.4:
@@ -394,9 +417,11 @@ def watch(rng, look):
         question, answer = rng.choice([
             (rng.choice(["What comes first?", "Which thing comes first?"]), f"The {a.name}."),
             (rng.choice(["When does the {} appear?", "At what time does the {} come?"]).format((a, b)[late].name),
-             f"At {starts[late] * step:.1f} seconds.")])
+             f"The {(a, b)[late].name} comes at {starts[late] * step:.1f} seconds.")])
     pictures = [draw(scene, rng, look, size, background) for scene in shown]
-    return Example(user(rng, question, Clip(pictures, [i * step for i in range(frames)])), answer)
+    more = [("stamps", "How far apart are the frames?", f"{step:.1f} seconds."),
+            ("stamps", "How long is the clip?", f"{(frames - 1) * step:.1f} seconds.")]
+    return Example(user(rng, question, Clip(pictures, [i * step for i in range(frames)])), answer, more=tuple(rng.sample(more, 2)))
 
 
 ABOUT_ME = {
@@ -421,9 +446,7 @@ def small_print(rng: random.Random, look: Look) -> tuple[Image.Image, list[int],
     """A large picture with a sign whose print is lost when the picture is made as small as the model sees it."""
     text, size = word(rng, 3), size_of(rng, 600, 760)
     picture = Image.new("RGB", size, pale(rng))
-    mask = lettering(text, rng, rng.randint(20, 25))
-    ink, ground = inks(rng)
-    w, h = mask.width + rng.randint(14, 34), mask.height + rng.randint(12, 26)
+    plate = sign(text, rng, rng.randint(22, 28))
     cells = rng.sample(range(9), rng.randint(1, 3))
     for i, cell in enumerate(cells):
         x, y = (0.2 + 0.3 * v + rng.uniform(-0.04, 0.04) for v in (cell % 3, cell // 3))
@@ -431,10 +454,9 @@ def small_print(rng: random.Random, look: Look) -> tuple[Image.Image, list[int],
             thing = Thing(*some_kinds(rng, 1)[0], x, y, rng.uniform(0.08, 0.12), cell)
             ImageDraw.Draw(picture).polygon(outline(thing, *size), fill=off(thing.colour, rng))
         else:
-            x, y = round(x * size[0] - w / 2), round(y * size[1] - h / 2)
-            ImageDraw.Draw(picture).rectangle((x, y, x + w, y + h), ground, off("black", rng), 2)
-            picture.paste(ink, (x + (w - mask.width) // 2, y + (h - mask.height) // 2), mask)
-            corners = [(x, y), (x + w, y), (x, y + h), (x + w, y + h)]
+            x, y = round(x * size[0] - plate.width / 2), round(y * size[1] - plate.height / 2)
+            picture.paste(plate, (x, y))
+            corners = [(x, y), (x + plate.width, y), (x, y + plate.height), (x + plate.width, y + plate.height)]
     x1, y1, x2, y2 = box_in(corners, size, look, 0.03)
     return spoil(picture, look, rng.getrandbits(32)), [x1 // 50 * 50, y1 // 50 * 50, -(-x2 // 50) * 50, -(-y2 // 50) * 50], text
 

@@ -37,12 +37,12 @@ from scenes import SKILLS, Example, after_zoom, example                         
 from tokenizer import ZOOM_TOOL, Tokenizer, encode_chat                               # noqa: E402
 
 # How often a skill is drawn. What is hard to learn, or is a part of others, comes more often.
-SHARES = {"describe": 4, "read": 13, "count": 6, "locate": 4, "compare": 6, "watch": 5, "talk": 2, "think": 6, "zoom": 7, "decline": 7, "ask": 5, "told": 2}
+SHARES = {"describe": 3, "read": 24, "count": 6, "locate": 5, "compare": 4, "watch": 10, "talk": 1, "think": 4, "zoom": 7, "decline": 12, "ask": 8, "told": 8}
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun sets them
 # Seeing begins with single things and single letters: at first the shortest of three answers is taken, of fewer skills.
 EARLY, EARLY_SHARES = 800, {"describe": 8, "read": 6, "count": 4, "locate": 4, "decline": 4, "talk": 1}
 TRAINED = 10**9          # seeds of pictures to train on start here; those before are for measuring
-FRESH_START = 10**6      # step from which pictures are drawn when training begins anew from weights: none is seen twice
+FRESH_START = 3 * 10**6      # step from which pictures are drawn when training begins anew from weights: those before it were seen
 PACK = 24                                # conversations in one optimizer step
 TOKENS = 600                             # what the loss of a step is divided by, near the number of tokens that are asked for (400 to 550)
 PICTURE, FRAME = (12_544, 25_088), (12_544, 15_680)      # fewest and most pixels: 16 to 32 tokens a picture, 8 to 10 a frame
@@ -89,7 +89,7 @@ def make_config(out: Path) -> None:
             "moe_k": 2, "moe_intermediate_size": [48, 32], "moe_num_shared_experts": 1,
             "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [6, 6, 4]}},
         "vision_config": {
-            "model_type": "ernie4_5_vl_moe_vision", "depth": 4, "hidden_size": 64, "num_heads": 4, "intermediate_size": 256,
+            "model_type": "ernie4_5_vl_moe_vision", "depth": 6, "hidden_size": 64, "num_heads": 4, "intermediate_size": 256,
             "hidden_act": "quick_gelu", "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_merge_size": 2,
             "rms_norm_eps": 1e-6}})
     write_json(out / "generation_config.json", {"eos_token_id": 2})
@@ -316,7 +316,7 @@ def train(args: argparse.Namespace) -> None:
     progress, clock = Progress(state["curve"], state["seconds"]), torch.tensor([state["seconds"]], device=args.device)
     for step, pack in enumerate(drawn, state["step"] + 1):
         done = step / args.steps if args.steps else clock.item() / (60 * args.minutes)
-        scale = min(1, step % FRESH_START / 150, max(0.0, (1 - done) / 0.35))      # up, level, and in the last third down to nothing
+        scale = min(1, step % FRESH_START / 150, max(0.0, (1 - done) / 0.85))      # up, and in a straight line down to nothing
         for optimizer, rate in zip(optimizers, rates):
             optimizer.param_groups[0]["lr"] = rate * scale
         with apart(pack.lengths):
