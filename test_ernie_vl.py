@@ -755,16 +755,21 @@ def test_weights_are_rounded_to_the_nearest_number_they_can_be(kind, columns):
         assert layer(x.bfloat16()).dtype == torch.bfloat16 and layer(x).dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind, error, saved", [("int8", 0.015, 0.95), ("int4", 0.22, 1.2)])
+@pytest.mark.parametrize("kind, error, saved", [("int8", 0.01, 0.95), ("int4", 0.1, 1.2)])
 def test_a_quantised_copy_is_what_quantising_while_loading_gives(tmp_path, kind, error, saved):
-    """And it is close to the checkpoint: the error is the logits' mean one, in parts of their mean size; measured 0.012 and 0.19 of these weights.
+    """And it is close to the checkpoint: the error is the logits' mean one, in parts of their mean size, over the tokens of four
+    true answers, which alone are trained; measured 0.007 and 0.075.
     saved: bytes of the two that each weight of the decoder takes in the checkpoint."""
     tokenizer, exact = Tokenizer(HERE / "tiny"), load(HERE / "tiny")
     load_weights.save_quantized(HERE / "tiny", kind, tmp_path / "small")
     now, copied = load(HERE / "tiny", quantize=kind), load(tmp_path / "small")
     question = [{"role": "user", "content": [{"type": "text", "text": "Describe this image."}, {"type": "image", "image": EXAMPLE}]}]
     given = exact.prepare(*encode_chat(tokenizer, question))
-    assert torch.equal(now(given), copied(given)) and 0 < (now(given) - exact(given)).abs().mean() < error * exact(given).abs().mean()
+    assert torch.equal(now(given), copied(given))
+    pack = train.Pack(tokenizer, exact.cfg, [("describe", scenes.example("describe", seed)._replace(more=())) for seed in range(4)])
+    with train.apart(pack.lengths):
+        logits, rounded = (model(pack.inputs)[pack.targets >= 0] for model in (exact, now))
+    assert 0 < (rounded - logits).abs().mean() < error * logits.abs().mean()
     assert encode_chat(Tokenizer(tmp_path / "small"), question).ids == given.ids.tolist()
     weights = sum(linear.weight.numel() for linear in exact.layers.modules() if isinstance(linear, nn.Linear))
     bytes_of = lambda folder: sum(file.stat().st_size for file in folder.glob("*.safetensors"))

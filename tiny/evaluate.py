@@ -48,7 +48,7 @@ def right(model: ErnieVL, tokenizer: Tokenizer, skill: str, it: Example) -> bool
         except InputError:      # a box without an inside
             return False
         said = answer(model, tokenizer, it)
-    end = lambda text: re.split(r"</think>|: |, so ", text)[-1].strip()
+    end = lambda text: re.split(r"</think>|: ", text)[-1].strip()
     return end(said) == end(it.answer)
 
 

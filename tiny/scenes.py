@@ -228,12 +228,15 @@ def ask_part(rng, things, box):
     thing, where = rng.choice(things), rng.choice(WHERE)
     colour, shape, cell = thing[0], thing[1], thing.cell
     asks = [(f"What is {PLACES[cell]}?", f"A {thing.name}."), (f"What colour is the thing {PLACES[cell]}?", sentence(colour))]
-    for name, same in ((thing.name, thing[:2]), (f"{colour} thing", (colour,)), (shape, (shape,))):
-        if sum(set(same) <= set(other[:2]) for other in things) == 1:
-            found = f"The {shape} is {PLACES[cell]}." if name == shape else seek(things, *same, answer=PLACES[cell])
-            asks += 2 * [(where.format(name), found)]
-            asks += [(f"What shape is the {name}?", f"The {name} is a {shape}.")] * (name == f"{colour} thing")
-            asks += [(f"What colour is the {name}?", f"The {name} is {colour}.")] * (name == shape)
+    unique = lambda *same: sum(set(same) <= set(other[:2]) for other in things) == 1
+    if unique(colour, shape):
+        asks += 2 * [(where.format(thing.name), seek(things, colour, shape, PLACES[cell]))]
+    if unique(colour):
+        asks += 2 * [(where.format(f"{colour} thing"), seek(things, colour, answer=PLACES[cell]))]
+        asks += [(f"What shape is the {colour} thing?", f"The {colour} thing is a {shape}.")]
+    if unique(shape):
+        asks += 2 * [(where.format(shape), f"The {shape} is {PLACES[cell]}.")]
+        asks += [(f"What colour is the {shape}?", f"The {shape} is {colour}.")]
     return rng.choice(asks)
 
 

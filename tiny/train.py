@@ -37,14 +37,15 @@ from scenes import SKILLS, Example, after_zoom, example                         
 from tokenizer import ZOOM_TOOL, Tokenizer, encode_chat                               # noqa: E402
 
 # How often a skill is drawn. What is hard to learn, or is a part of others, comes more often.
-SHARES = {"describe": 3, "read": 24, "count": 6, "locate": 5, "compare": 4, "watch": 10, "talk": 1, "think": 4, "zoom": 7, "decline": 12, "ask": 8, "told": 8}
+SHARES = {"describe": 2, "read": 28, "count": 5, "locate": 4, "compare": 4, "watch": 13, "talk": 3, "think": 4, "zoom": 9, "decline": 10, "ask": 6,
+          "told": 5}
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun sets them
 # Seeing begins with single things and single letters: at first the shortest of three answers is taken, of fewer skills.
 EARLY, EARLY_SHARES = 800, {"describe": 8, "read": 6, "count": 4, "locate": 4, "decline": 4, "talk": 1}
 TRAINED = 10**9          # seeds of pictures to train on start here; those before are for measuring
 FRESH_START = 3 * 10**6      # step from which pictures are drawn when training begins anew from weights: those before it were seen
 PACK = 24                                # conversations in one optimizer step
-TOKENS = 600                             # what the loss of a step is divided by, near the number of tokens that are asked for (400 to 550)
+TOKENS = 600                             # what the loss of a step is divided by; a pack asks for 300 to 1,200 tokens
 PICTURE, FRAME = (12_544, 25_088), (12_544, 15_680)      # fewest and most pixels: 16 to 32 tokens a picture, 8 to 10 a frame
 CONTROL = ["<|end_of_sentence|>", "<|begin_of_sentence|>", "<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>",
            "<|VIDEO_START|>", "<|VIDEO_END|>", "<|VIDEO_PLACEHOLDER|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
