@@ -277,30 +277,38 @@ class QuantizedLinear(nn.Module):
         number = number.to(torch.uint8).flatten(1)
         return number[:, 0::2] | number[:, 1::2] << 4, torch.stack((scale, offset), -1).transpose(0, 1).contiguous()
 
-    def numbers(self, weight: Tensor) -> Tensor:
-        return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1) if self.kind == "int4" else weight
+    def numbers(self, weight: Tensor) -> Tensor:                                            # -> (..., rows, columns)
+        return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2) if self.kind == "int4" else weight
 
     def pack(self, weight: Tensor) -> Tensor:
         """int4 as the CPU's kernel wants it, which depends on the CPU; it knows no groups of 16."""
         self.packed = self.kind == "int4" and self.group >= 32 and weight.device.type == "cpu"
         return torch._convert_weight_to_int4pack_for_cpu(self.numbers(weight).int(), 1) if self.packed else weight
 
-    def dequantized(self) -> Tensor:                                                        # -> (rows, columns)
-        number = self.numbers(self.weight).bfloat16()
+    def dequantized(self, weight: Tensor, scale: Tensor) -> Tensor:                         # -> (..., rows, columns)
+        """Of this layer, or of a stack of such layers."""
+        number = self.numbers(weight).bfloat16()
         if self.kind == "int8":
-            return number * self.scale[:, None]
-        scale, offset = self.scale.transpose(0, 1)[..., None].unbind(2)
-        return ((number.unflatten(1, (-1, self.group)) - 8) * scale + offset).flatten(1)
+            return number * scale[..., None]
+        scale, offset = scale.transpose(-3, -2)[..., None].unbind(-2)                       # (..., rows, groups, 1) each
+        return ((number.unflatten(-1, (-1, self.group)) - 8) * scale + offset).flatten(-2)
 
     def forward(self, x: Tensor) -> Tensor:                                                 # (T, columns) -> (T, rows)
         y = x.bfloat16().contiguous()
-        if self.packed:
+        if len(x) == 1 and torch.compiler.is_compiling():
+            y = one_row(self.dequantized(self.weight, self.scale), y)
+        elif self.packed:
             y = torch._weight_int4pack_mm_for_cpu(y, self.weight, self.group, self.scale)
         elif self.kind == "int8" and x.device.type == "cpu":
             y = torch._weight_int8pack_mm(y, self.weight, self.scale)
         else:
-            y = F.linear(y, self.dequantized())
+            y = F.linear(y, self.dequantized(self.weight, self.scale))
         return y.type_as(x)
+
+
+def one_row(weight: Tensor, x: Tensor) -> Tensor:                                           # -> (..., rows)
+    """(..., rows, columns) times (..., columns). A compiler makes one loop of this, which reads each weight once."""
+    return (weight * x[..., None, :].float()).sum(-1).type_as(x)
 
 
 class ThroughFP32(nn.Linear):
@@ -504,26 +512,31 @@ def add_up(model: ErnieVL) -> None:
 
 # ------------------------------------------------------------------------------ 6. one token at a time, compiled
 class GroupedExperts(Experts):
-    """Experts whose weights are views of three stacks (E, rows, columns). All that were chosen run in three products, whoever
-    they are, so nothing waits for the device to tell."""
+    """Experts whose weights (and scales) are views of three stacks (E, rows, columns). All that were chosen run in three
+    products, whoever they are, so nothing waits for the device to tell."""
 
     def stack(self) -> None:
-        self.stacks = {}
-        for name in ("gate_proj", "up_proj", "down_proj"):
+        self.stacks = {name: [] for name in ("gate_proj", "up_proj", "down_proj")}
+        for name, stacks in self.stacks.items():
             linears = [getattr(expert, name) for expert in self.experts]
-            self.stacks[name] = torch.stack([linear.weight.detach() for linear in linears])
-            for linear, weight in zip(linears, self.stacks[name]):
-                linear.weight = nn.Parameter(weight, requires_grad=False)
+            for part in dict(linears[0].named_parameters()):
+                stacks.append(torch.stack([getattr(linear, part).detach() for linear in linears]))
+                for linear, its in zip(linears, stacks[-1]):
+                    setattr(linear, part, nn.Parameter(its, requires_grad=False))
+
+    def weights(self, name: str, experts: Tensor | slice = slice(None)) -> Tensor:          # -> (experts, rows, columns)
+        linear, parts = getattr(self.experts[0], name), [stack[experts] for stack in self.stacks[name]]
+        return linear.dequantized(*parts) if isinstance(linear, QuantizedLinear) else parts[0]
 
     def forward(self, x: Tensor) -> Tensor:                                                 # (T, D) -> (T, D)
         weights, chosen = self.gate(x)                                                      # (T, K), (T, K)
-        if len(x) == 1:      # a compiler makes one loop of this, which reads each weight once
-            product = lambda rows, name: (self.stacks[name][chosen[0]] * rows[:, None].float()).sum(-1).type_as(rows)
+        if len(x) == 1:
+            product = lambda rows, name: one_row(self.weights(name, chosen[0]), rows)
             y = product(F.silu(product(x, "gate_proj")) * product(x, "up_proj"), "down_proj")      # (K, D)
             return weights @ y
         order = chosen.flatten().argsort(stable=True)                                       # (T*K,)  expert after expert
         ends = (chosen.flatten() == torch.arange(len(self.experts), device=x.device)[:, None]).sum(1).cumsum(0).int()    # (E,)
-        product = lambda rows, name: F.grouped_mm(rows, self.stacks[name].mT, offs=ends)
+        product = lambda rows, name: F.grouped_mm(rows.type_as(w := self.weights(name)), w.mT, offs=ends).type_as(rows)
         rows = x[order // chosen.shape[1]]                                                  # (T*K, D)
         rows = product(F.silu(product(rows, "gate_proj")) * product(rows, "up_proj"), "down_proj")
         return (rows[order.argsort()].view(*chosen.shape, -1) * weights[..., None]).sum(1)
@@ -531,14 +544,15 @@ class GroupedExperts(Experts):
 
 class CompiledErnieVL(ErnieVL):
     """Steps of one token go through a compiled function whose shapes stay the same while the context grows: keys and values
-    stand in a window of a power of two, of which what is not filled is masked. Everything else is as it was, and this too
-    where nothing can be compiled, after a sentence."""
+    stand in a window that is at most 256 places or a quarter longer than they are, and masked behind them. Everything else is
+    as it was, and this too where nothing can be compiled, after a sentence."""
 
     def forward(self, inputs: Inputs, cache: Cache | None = None, only_last: bool = False) -> Tensor:
         if cache is None or not cache.layers[0].length or len(inputs.ids) > 1 or inputs.is_vision.any():
             return super().forward(inputs, cache, only_last)
         place, angles = cache.layers[0].length, rope_angles(inputs.positions, self.cfg.text)[:, None]
-        window = max(256, 1 << place.bit_length())
+        more = max(256, 1 << place.bit_length() >> 3)      # in steps of an eighth: seldom a new window, never a long empty one
+        window = (place // more + 1) * more
         for kv in cache.layers:
             if kv.buffer.shape[2] != window:
                 grown = kv.buffer.new_zeros(*kv.buffer.shape[:2], window, kv.buffer.shape[3])
@@ -559,7 +573,7 @@ class CompiledErnieVL(ErnieVL):
 
 
 def compiled(model: ErnieVL, announce: Callable = lambda sentence: None) -> CompiledErnieVL:
-    """Turns a plain model, not quantised and not shared, into one whose steps are compiled, and compiles one."""
+    """Turns a model that is not shared into one whose steps are compiled, and compiles one."""
     for module in model.modules():
         if type(module) is Experts:
             module.__class__ = GroupedExperts
@@ -607,8 +621,8 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None,
     memory is not free."""
     checkpoint = open_checkpoint(Path(folder))
     check_complete(checkpoint)
-    if compile and (quantize or checkpoint.quantized or ranks > 1):
-        raise InputError("a model that is quantised or shared among processes is not compiled: leave out --compile")
+    if compile and ranks > 1:
+        raise InputError("a model that is shared among processes is not compiled: leave out --compile")
     if ranks > 1:
         shard(checkpoint, ranks)
         add_up(checkpoint.model)
@@ -621,7 +635,7 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None,
             if quantize:
                 tensor, scale = layers[ours].quantize(tensor)
                 state[scale_of(ours)] = scale.to(device)
-            state[ours] = layers[ours].pack(tensor.to(device))
+            state[ours] = tensor.to(device) if compile else layers[ours].pack(tensor.to(device))
         else:
             state[ours] = tensor.to(device, wanted_dtype(ours, tensor.dtype, dtype))
     checkpoint.model.load_state_dict(state, strict=True, assign=True)

@@ -745,7 +745,7 @@ def test_weights_are_rounded_to_the_nearest_number_they_can_be(kind, columns):
         found = ((pairs - 8) * scale[..., 0].T.float()[..., None] + scale[..., 1].T.float()[..., None]).view(32, columns)
         assert numbers.nbytes + scale.nbytes == 32 * columns // 2 + 4 * 32 * columns // group
     assert ((found - weight).abs() <= 0.55 * step + 0.01 * weight.abs().max()).all()
-    assert distance(layer.dequantized(), found) < 0.01
+    assert distance(layer.dequantized(layer.weight, layer.scale), found) < 0.01
     packed = copy.deepcopy(layer)
     packed.weight = nn.Parameter(packed.pack(numbers), requires_grad=False)
     for rows in (1, 5):
@@ -787,8 +787,8 @@ def test_what_cannot_be_quantised_is_refused(folders, tmp_path):
     alien = write(tmp_path / "alien", ref.hub_tensors("28b"), ref.config("28b") | {"quantization_config": {"quant_method": "gptq"}})
     with pytest.raises(InputError, match="quantised by 'gptq'"):
         load(alien)
-    with pytest.raises(InputError, match="quantised or shared among processes is not compiled"):
-        load(folders["28b"], quantize="int8", compile=True)
+    with pytest.raises(InputError, match="shared among processes is not compiled"):
+        load(folders["28b"], ranks=2, compile=True)
     tensors = ref.hub_tensors("28b") | {"model.norm.weight": torch.ones(96, dtype=torch.int8)}
     with pytest.raises(InputError, match="stored as I8"):
         load(write(tmp_path / "whole", tensors, ref.config("28b")))
@@ -856,27 +856,33 @@ def test_grouped_experts_compute_what_single_ones_do(folders, name, dtype):
     for rows in (1, 2, 40):
         x = torch.randn(rows, plain.gate.weight.shape[1], generator=torch.manual_seed(rows)).to(dtype)
         assert distance(grouped(x), plain(x)) <= (2e-6 if dtype == torch.float32 else 0.02) * plain(x).abs().max()
-    assert grouped.experts[3].up_proj.weight.data_ptr() == grouped.stacks["up_proj"][3].data_ptr()
+    assert grouped.experts[3].up_proj.weight.data_ptr() == grouped.stacks["up_proj"][0][3].data_ptr()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")      # of torch's own compiler
-def test_a_compiled_step_computes_what_a_plain_one_does():
-    """Behind a picture, across windows of 256 and 512 tokens, and in a second turn, whose prompt is longer than what is left."""
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_compiled_step_computes_what_a_plain_one_does(quantize):
+    """Behind a picture, across windows of 256 and 512 tokens, and in a second turn, whose prompt is longer than what is left. A
+    quantised one computes in bf16, so it is compared with its weights written out, in words that it knows: 0.014 were measured."""
     said, plain = [], load(HERE / "tiny")
-    compiled, tokenizer = load(HERE / "tiny", compile=True, announce=said.append), Tokenizer(HERE / "tiny")
+    compiled, tokenizer = load(HERE / "tiny", quantize=quantize, compile=True, announce=said.append), Tokenizer(HERE / "tiny")
     if any("nothing can be compiled" in line for line in said):
         pytest.skip("needs a C++ compiler")
+    for name, layer in compiled.named_modules():      # the plain one has the same weights, written out
+        if isinstance(layer, load_weights.QuantizedLinear):
+            plain.get_submodule(name).weight = torch.nn.Parameter(layer.dequantized(layer.weight, layer.scale).float())
     question = [{"role": "user", "content": [{"type": "text", "text": "Describe this image."}, {"type": "image", "image": EXAMPLE}]}]
     caches, prompt = [plain.new_cache(), compiled.new_cache()], plain.prepare(*encode_chat(tokenizer, question))
-    none = prompt._replace(patches=prompt.patches[:0], grids=[])
-    steps = itertools.chain([prompt], *(
-        [none._replace(ids=torch.arange(20, 20 + size), positions=torch.arange(at, at + size).expand(3, -1), is_vision=torch.zeros(size, dtype=torch.bool))]
-        for at, size in [*((100 + i, 1) for i in range(230)), (330, 70), *((400 + i, 1) for i in range(8))]))
+    words = torch.arange(20, 90).repeat(5)[:308] if quantize is None else torch.tensor(tokenizer.encode("A red star in the middle."))
+    lengths = [*[1] * 230, 70, *[1] * 8] if quantize is None else [1] * len(words)
+    none, first = prompt._replace(patches=prompt.patches[:0], grids=[]), prompt.positions.max() + 1
+    steps = [none._replace(ids=ids, positions=at.expand(3, -1), is_vision=torch.zeros(len(ids), dtype=torch.bool))
+             for ids, at in zip(words.split(lengths), torch.arange(first, first + len(words)).split(lengths))]
     with torch.inference_mode():
-        for inputs in steps:
+        for inputs in [prompt, *steps]:
             one, two = (model(inputs, cache, only_last=True) for model, cache in zip((plain, compiled), caches))
-            assert distance(one, two) < 1e-5 * one.abs().max()
-    assert caches[1].layers[0].buffer.shape[2] == 512 and one.abs().max() > 1
+            assert distance(one, two) < (0.02 if quantize else 1e-5) * one.abs().max()
+    assert caches[1].layers[0].buffer.shape[2] == (256 if quantize else 512) and one.abs().max() > 1
 
 
 def test_without_a_compiler_it_goes_on_without_after_a_sentence(tmp_path):
@@ -1311,7 +1317,7 @@ def test_a_clip_in_the_prompt(tokenizer, small_clips):
 
 def test_the_bundled_checkpoint_takes_a_clip(capsys):
     code, out, err = ask(capsys, "--video", str(HERE / "examples" / "moving.gif"), "--max-new-tokens", "5")
-    assert code == 0 and out.endswith("\n") and "6 frames 168 x 126 -> 140 x 84 -> 45 tokens" in err
+    assert code == 0 and out.endswith("\n") and "6 frames 168 x 126 -> 196 x 140 -> 105 tokens" in err
 
 
 def test_small_frames_are_enlarged_and_tiny_ones_not_stamped():
@@ -1727,7 +1733,8 @@ def test_a_chat_is_the_conversation_that_messages_would_be(capsys, monkeypatch, 
     def watched(model, inputs, most, *args, cache=None, **options):
         done = cache.keep(model.marks(inputs))
         alone = model(model.rest(inputs, done), copy.deepcopy(cache))[-1:]
-        seen.append((most, len(inputs.ids), done, distance(alone, model(inputs)[-1:]), inputs.ids.tolist()))
+        whole = model(inputs)[-1:]
+        seen.append((most, len(inputs.ids), done, distance(alone, whole) / whole.abs().max(), inputs.ids.tolist()))
         return real(model, inputs, most, *args, cache=cache, **options)
     monkeypatch.setattr(run, "generate", watched)
     star = str(HERE / "examples" / "star.jpg")
@@ -1735,7 +1742,7 @@ def test_a_chat_is_the_conversation_that_messages_would_be(capsys, monkeypatch, 
                           options=("--image", EXAMPLE, "--prompt", "Describe this image."))
     assert code == 0 and len(out.splitlines()) == 3 and "error" not in err
     asked = [turn for turn in seen if turn[0] > 1]
-    assert len(asked) == 3 and max(difference for *_, difference, _ in seen) < 1e-5
+    assert len(asked) == 3 and max(difference for *_, difference, _ in seen) < 1e-6
     for (_, length, done, _, ids), (_, settled, _, _, history) in zip(asked[1:], seen[1::2]):
         assert ids[:settled] == history and done == settled        # all that was said is there; only the new turn is computed
     again = json.loads(saved.read_text())
@@ -1868,12 +1875,12 @@ def test_options_that_do_not_go_together(capsys, args, words):
 
 
 # ---------------------------------------------------------------------------------------------- 13. tiny/ and README
-LEAST = {"describe": 19, "read": 19, "count": 19, "locate": 18, "compare": 17, "watch": 16, "talk": 19, "think": 18, "zoom": 19, "decline": 18}      # of 20
+LEAST = {"describe": 19, "read": 19, "count": 19, "locate": 19, "compare": 19, "watch": 19, "talk": 19, "think": 18, "zoom": 19, "decline": 18}      # of 20
 
 
 @pytest.mark.parametrize("skill", LEAST)
 def test_tiny_on_pictures_it_never_saw(skill):
-    """20 fresh samples. tiny/README.md says what it gets of 500; the bar is one below what it got of these."""
+    """20 fresh samples. tiny/README.md says what it gets of 500; the bar is at most one below what it got of these."""
     model, tokenizer = load(HERE / "tiny"), Tokenizer(HERE / "tiny")
     assert 20 * evaluate.score(model, tokenizer, skill, 20) >= LEAST[skill]
 

@@ -29,7 +29,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "reference")]
 
 import make_reference as ref                                                         # noqa: E402
 from ernie_vl import Config, ErnieVL, generate                                       # noqa: E402
-from load_weights import compiled, load, read_config                                 # noqa: E402
+from load_weights import compiled, load, quantize_layers, read_config                # noqa: E402
 
 SHAPE = dict(D=1024, HEADS=8, KV_HEADS=2, HEAD_DIM=128, DENSE=4928, WIDTHS=(640, 208), VOCAB=32000, VIT_DEPTH=8, VIT_WIDTH=640,
              VIT_HEADS=8, VIT_MLP=2560, MODELS={"bench": dict(tie=True, layers=("dense",) + ("sparse",) * 7, shared=2, experts=32, k=6)})
@@ -286,31 +286,41 @@ def fractions(measured: dict, speed: dict[str, float]) -> str:
 
 
 # ------------------------------------------------------------------------------- the real shape, on a CUDA device
-def random_model(cfg: Config, device: str) -> ErnieVL:
-    """bf16 weights made on the device; routers in fp32, as the loader has them."""
+def random_model(cfg: Config, device: str, quantize: str | None = None) -> ErnieVL:
+    """bf16 weights made on the device, or whole numbers and their scales; routers in fp32, as the loader has them."""
     with torch.device("meta"):
         model = ErnieVL(cfg).bfloat16()
         for name, module in model.named_modules():
             if name.endswith(".gate"):
                 module.float()
+        if quantize:
+            quantize_layers(model, quantize)
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
-        parameter.data.normal_(0, 0.02).add_(float("norm" in name and name.endswith("weight")))
+        if parameter.is_floating_point():
+            parameter.data.normal_(0, 3e-4 if name.endswith(".scale") else 0.02).add_(float("norm" in name and name.endswith("weight")))
+        else:
+            parameter.data.random_()      # all its whole numbers alike
     return model.eval().requires_grad_(False)
 
 
 def full(shape: dict, grid: tuple, device: str, blocks: int, steps: int) -> str:
-    """Ours as it is and compiled, then transformers."""
+    """Ours as it is and compiled, then quantised and compiled, then transformers."""
     config, out = config_of(shape), defaultdict(lambda: defaultdict(list))
     ours = Ours(random_model(read_config(config), device), grid)
     alternate(out, "bf16", {"ours": ours}, blocks, steps)
     compiled(ours.model, progress)
     alternate(out, "bf16", {"--compile": ours}, blocks, steps)
     del ours
+    for kind in ("int8", "int4"):
+        gc.collect()
+        small = Ours(compiled(random_model(read_config(config), device, kind), progress), grid)
+        alternate(out, "bf16", {f"{kind} --compile": small}, blocks, steps)
+        del small
     for experts, static in Theirs.CHOICES:
         gc.collect()      # the one before it goes, or there is no room
         alternate(out, "bf16", {called(experts, static): Theirs(Theirs.random(config, device, experts), static, grid)}, blocks, steps)
-    return table(out, ("ours", "--compile"))
+    return table(out, ("ours", "--compile", "int8 --compile", "int4 --compile"))
 
 
 def cpu_name() -> str:

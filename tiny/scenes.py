@@ -64,10 +64,11 @@ class Thing(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------- drawing
 def any_look(rng: random.Random) -> Look:
-    """Half of what is trained on is clean, the other half is not."""
-    if rng.random() < 0.5:
+    """Four in ten of what is trained on are clean, the others are not."""
+    if rng.random() < 0.4:
         return Look()
-    return Look(rng.choice([0, rng.uniform(-6, 6)]), rng.choice([0, rng.uniform(2, 10)]), rng.choice([0, rng.randint(45, 90)]))
+    turn = rng.uniform(-6.5, 6.5) * (rng.random() < 0.7)
+    return Look(turn, rng.choice([0, rng.uniform(2, 10)]), rng.choice([0, rng.randint(45, 90)]))
 
 
 def spoil(image: Image.Image, look: Look, seed: int) -> Image.Image:
@@ -103,6 +104,12 @@ def off(colour: str, rng: random.Random) -> tuple:
 def size_of(rng: random.Random, low: int = 105, high: int = 200) -> tuple[int, int]:
     width = rng.randint(low, high)
     return width, round(width * rng.uniform(0.85, 1.18))
+
+
+def frame_size(rng: random.Random) -> tuple[int, int]:
+    """Three clips in four are square, so that the figures of their stamps mostly stand where they stood before."""
+    side = 10 * rng.randint(14, 20)
+    return (side, side) if rng.random() < 0.75 else size_of(rng, 130, 200)
 
 
 def draw(things: list[Thing], rng: random.Random, look: Look, size: tuple, background: tuple) -> Image.Image:
@@ -370,14 +377,15 @@ def count(rng, look):
 def read(rng, look):
     if rng.random() < 0.4:      # as in what a zoom gives
         text = word(rng, 4)
-        plate = sign(text, rng, rng.randint(20, 28))
-        picture = Image.new("RGB", (max(105, plate.width + rng.randint(20, 90)), max(90, plate.height + rng.randint(10, 80))), pale(rng))
-        picture.paste(plate, (rng.randint(-4, picture.width - plate.width + 4), rng.randint(-4, picture.height - plate.height + 4)))
+        plate = sign(text, rng, rng.randint(22, 30))
+        picture = Image.new("RGB", (max(105, plate.width + rng.randint(20, 90)), max(90, plate.height + rng.randint(20, 80))), pale(rng))
+        picture.paste(plate, (rng.randint(0, picture.width - plate.width), rng.randint(0, picture.height - plate.height)))
     else:
         text, (ink, ground) = word(rng), inks(rng)
         mask = lettering(text, rng, rng.randint(18, 40))
-        picture = Image.new("RGB", (max(70, mask.width + rng.randint(10, 40)), mask.height + rng.randint(10, 40)), ground)
-        picture.paste(ink, (rng.randint(4, picture.width - mask.width - 4), rng.randint(4, picture.height - mask.height - 4)), mask)
+        edge = 4 + mask.width // 16      # so that a picture that is turned does not lose a corner of its word
+        picture = Image.new("RGB", (max(70, mask.width + 2 * edge + rng.randint(2, 30)), mask.height + 2 * edge + rng.randint(2, 30)), ground)
+        picture.paste(ink, (rng.randint(edge, picture.width - mask.width - edge), rng.randint(edge, picture.height - mask.height - edge)), mask)
     return Example(user(rng, rng.choice(READ), spoil(picture, look, rng.getrandbits(32))), text)
 
 
@@ -404,7 +412,7 @@ def compare(rng, look):
 
 def watch(rng, look):
     """A thing moves, or two come one after the other; what happens when is told by the time stamp on a frame."""
-    frames, size, background, step = min(rng.randint(2, 8), rng.randint(2, 8)), size_of(rng, 112, 150), pale(rng), rng.choice([0.5, 1, 10])
+    frames, size, background, step = min(rng.randint(2, 8), rng.randint(2, 8)), frame_size(rng), pale(rng), rng.choice([0.5, 1, 10])
     a, b = (Thing(*kind, *spot, rng.uniform(0.1, 0.13)) for kind, spot in
             zip(some_kinds(rng, 2), rng.sample([(x, y) for x in (0.2, 0.5, 0.8) for y in (0.4, 0.75)], 2)))
     if rng.random() < 0.4:
@@ -427,6 +435,30 @@ def watch(rng, look):
     return Example(user(rng, question, Clip(pictures, [i * step for i in range(frames)])), answer, more=tuple(rng.sample(more, 2)))
 
 
+def clock(rng, look):
+    """What time two frames show. For practice: *when* takes a glance at one figure of a stamp, by which alone none is learned, so
+    most of these frames say their time in larger print, too, which the model reads before it reads the stamps."""
+    size, height, times = frame_size(rng), rng.randint(14, 36), sorted(rng.choice([1, 1, 2, 20]) * rng.randint(0, 159) / 2 % 80 for _ in range(2))
+    frames = [draw([Thing(*kind, 0.6, 0.7, rng.uniform(0.1, 0.2))], rng, look, size, pale(rng)) for kind in some_kinds(rng, 2)]
+    for frame, seconds in zip(frames, times) if rng.random() < 0.75 else ():
+        figures = letters(f"{seconds:.1f}", 0, False)
+        figures = figures.resize((round(figures.width / figures.height * height), height), Image.LANCZOS)
+        frame.paste(off("black", rng), (rng.randint(4, 30), rng.randint(24, 40)), figures)
+    return Example(user(rng, "What times do the frames show?", Clip(frames, times)), f"{times[0]:.1f} and {times[1]:.1f} seconds.")
+
+
+def small(rng, look):
+    """Practice in print down to the height of a stamp's figures."""
+    text, picture, height = word(rng, 3), Image.new("RGB", size_of(rng, 130, 190), pale(rng)), rng.randint(12, 26)
+    if rng.random() < 0.3:
+        plate = sign(text, rng, height)
+        picture.paste(plate, (rng.randint(0, picture.width - plate.width), rng.randint(0, picture.height - plate.height)))
+    else:
+        mask, ink = lettering(text, rng, height), off(rng.choice(["red", "green", "blue", "purple", "black", "black"]), rng)
+        picture.paste(ink, (rng.randint(4, picture.width - mask.width - 4), rng.randint(4, picture.height - mask.height - 4)), mask)
+    return Example(user(rng, rng.choice(READ), spoil(picture, look, rng.getrandbits(32))), text)
+
+
 ABOUT_ME = {
     ("Who are you?", "What is your name?", "What are you?"): "I am a tiny ERNIE-4.5-VL.",
     ("What can you do?", "How can you help me?", "What do you know?"):
@@ -447,9 +479,9 @@ def talk(rng, look):
 
 def small_print(rng: random.Random, look: Look) -> tuple[Image.Image, list[int], str]:
     """A large picture with a sign whose print is lost when the picture is made as small as the model sees it."""
-    text, size = word(rng, 3), size_of(rng, 600, 760)
+    text, size = word(rng, 3), size_of(rng, 640, 760)
     picture = Image.new("RGB", size, pale(rng))
-    plate = sign(text, rng, rng.randint(22, 28))
+    plate = sign(text, rng, rng.randint(25, 30))
     cells = rng.sample(range(9), rng.randint(1, 3))
     for i, cell in enumerate(cells):
         x, y = (0.2 + 0.3 * v + rng.uniform(-0.04, 0.04) for v in (cell % 3, cell // 3))
@@ -488,7 +520,7 @@ def after_zoom(example: Example, box: list[int]) -> Example:
 
 
 SKILLS = {skill.__name__: skill for skill in (describe, read, count, locate, compare, watch, talk, think, zoom, decline)}
-PRACTICE = {practice.__name__: practice for practice in (ask, told)}
+PRACTICE = {practice.__name__: practice for practice in (ask, told, clock, small)}
 
 
 def example(skill: str, seed: int, look: Look | None = None) -> Example:

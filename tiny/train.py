@@ -37,16 +37,16 @@ from scenes import SKILLS, Example, after_zoom, example                         
 from tokenizer import ZOOM_TOOL, Tokenizer, encode_chat                               # noqa: E402
 
 # How often a skill is drawn. What is hard to learn, or is a part of others, comes more often.
-SHARES = {"describe": 2, "read": 28, "count": 5, "locate": 4, "compare": 4, "watch": 13, "talk": 3, "think": 4, "zoom": 9, "decline": 10, "ask": 6,
-          "told": 5}
+SHARES = {"describe": 2, "read": 26, "count": 6, "locate": 5, "compare": 4, "watch": 18, "talk": 3, "think": 4, "zoom": 15, "decline": 7, "ask": 4,
+          "told": 3, "clock": 10, "small": 12}
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun sets them
 # Seeing begins with single things and single letters: at first the shortest of three answers is taken, of fewer skills.
 EARLY, EARLY_SHARES = 800, {"describe": 8, "read": 6, "count": 4, "locate": 4, "decline": 4, "talk": 1}
 TRAINED = 10**9          # seeds of pictures to train on start here; those before are for measuring
-FRESH_START = 3 * 10**6      # step from which pictures are drawn when training begins anew from weights: those before it were seen
+FRESH_START = 4 * 10**6      # step from which pictures are drawn when training begins anew from weights: those before it were seen
 PACK = 24                                # conversations in one optimizer step
 TOKENS = 600                             # what the loss of a step is divided by; a pack asks for 300 to 1,200 tokens
-PICTURE, FRAME = (12_544, 25_088), (12_544, 15_680)      # fewest and most pixels: 16 to 32 tokens a picture, 8 to 10 a frame
+PICTURE, FRAME = (18_816, 25_088), (25_088, 28_224)      # fewest and most pixels: 24 to 32 tokens a picture, 15 to 18 a frame
 CONTROL = ["<|end_of_sentence|>", "<|begin_of_sentence|>", "<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>",
            "<|VIDEO_START|>", "<|VIDEO_END|>", "<|VIDEO_PLACEHOLDER|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
 
@@ -355,12 +355,12 @@ def plot(curve: list[dict], file: Path) -> None:
         y = top + high * (1 - percent / 100)
         draw.line((left, y, left + wide, y), "#dddddd")
         draw.text((left - 8, y), f"{percent}", "black", font, anchor="rm")
-    for minute in range(0, int(end / 60) + 1, 10):
+    for minute in range(0, int(end / 60) + 1, 10 * math.ceil(end / 18_000)):
         draw.text((left + wide * minute * 60 / end, top + high + 14), f"{minute}", "black", font, anchor="mm")
     draw.text((left + wide / 2, top + high + 34), "minutes; right to the letter on pictures not seen before, %", "black", font, anchor="mm")
     ends = sorted(SHARES, key=lambda skill: -curve[-1][skill])
     for i, skill in enumerate(SHARES):
-        colour = f"hsl({30 * i}, 75%, {45 if i % 2 else 35}%)"
+        colour = f"hsl({360 * i // len(SHARES)}, 75%, {45 if i % 2 else 35}%)"
         draw.line([(left + wide * row["seconds"] / end, top + high * (1 - row[skill])) for row in curve if skill in row], colour, 2)
         draw.text((left + wide + 8, top + 22 * ends.index(skill)), f"{skill} {100 * curve[-1][skill]:.0f}", colour, font)
     page.save(file)
