@@ -1733,16 +1733,16 @@ def test_a_chat_is_the_conversation_that_messages_would_be(capsys, monkeypatch, 
     def watched(model, inputs, most, *args, cache=None, **options):
         done = cache.keep(model.marks(inputs))
         alone = model(model.rest(inputs, done), copy.deepcopy(cache))[-1:]
-        whole = model(inputs)[-1:]
-        seen.append((most, len(inputs.ids), done, distance(alone, whole) / whole.abs().max(), inputs.ids.tolist()))
+        seen.append((most, len(inputs.ids), done, distance(alone, model(inputs)[-1:]), inputs.ids.tolist()))
         return real(model, inputs, most, *args, cache=cache, **options)
     monkeypatch.setattr(run, "generate", watched)
+    monkeypatch.setattr(run, "load", lambda *given: loaded(*given).double())      # rounding would hide a small mistake
     star = str(HERE / "examples" / "star.jpg")
     code, out, err = chat(capsys, monkeypatch, "What is in this picture?", f"/image {star}", "Describe this image.", f"/save {saved}", "/quit",
                           options=("--image", EXAMPLE, "--prompt", "Describe this image."))
     assert code == 0 and len(out.splitlines()) == 3 and "error" not in err
     asked = [turn for turn in seen if turn[0] > 1]
-    assert len(asked) == 3 and max(difference for *_, difference, _ in seen) < 1e-6
+    assert len(asked) == 3 and max(difference for *_, difference, _ in seen) < 1e-5
     for (_, length, done, _, ids), (_, settled, _, _, history) in zip(asked[1:], seen[1::2]):
         assert ids[:settled] == history and done == settled        # all that was said is there; only the new turn is computed
     again = json.loads(saved.read_text())
