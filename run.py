@@ -22,6 +22,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import sys
 import tempfile
 import time
@@ -129,7 +130,7 @@ try:
     from safetensors.torch import save_file
 
     from ernie_vl import ErnieVL, InputError, Inputs, generate, merged
-    from load_weights import find_folder, load
+    from load_weights import find_folder, load, size
     from tokenizer import (ZOOM_TOOL, Box, Media, Reply, Tokenizer, crop, draw_boxes, encode_chat, find_boxes, load_media,
                            read_tools, short)
 except ModuleNotFoundError as missing:
@@ -589,6 +590,16 @@ def save_logits(model: ErnieVL, inputs: Inputs, path: Path) -> None:
     say(f"wrote {path}: " + ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()))
 
 
+def memory_ran_out(error: Exception, args: argparse.Namespace) -> str:
+    """How much was asked for, where torch says so, and what of the options is left to try."""
+    asked = re.search(r"allocate (?:(\d+) bytes|([\d.]+ \w+))", str(error))
+    much = asked and (asked[2] or size(int(asked[1])))
+    left = {"--max-pixels": args.media or args.prompt is None, "--quantize int4": not args.quantize,
+            "--dtype bfloat16": args.dtype != "bfloat16"}
+    return (f"error: there is not enough memory for this{f' ({much} more are needed)' if much else ''}: "
+            f"try {', '.join(option for option in left if left[option])} or a shorter prompt")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
@@ -598,7 +609,7 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        say("error: there is not enough memory for this: try --max-pixels, --quantize int4, --dtype bfloat16 or a shorter prompt")
+        say(memory_ran_out(error, args))
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1519,6 +1519,18 @@ def test_bad_options_get_one_sentence_and_exit_2(args, words, capsys):
     assert code == 2 and out == "" and last.startswith("error: ") and words in last and "Traceback" not in err
 
 
+def test_memory_that_runs_out_is_one_sentence_that_says_how_much_was_asked_for(capsys, monkeypatch):
+    def on_a_gpu(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB.")
+
+    for fail, much, given in ((lambda _: torch.empty(10**13), "40,000.0 GB", ["--quantize", "int4"]), (on_a_gpu, "20.00 GiB", [])):
+        monkeypatch.setattr(run, "run", fail)
+        code, out, err = ask(capsys, "--prompt", "Hi", *given)
+        assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ") and much in err
+        assert ("--quantize" in err) == (not given) and "--max-pixels" not in err      # it says what is left to try
+    assert "--max-pixels" in ask(capsys, "--image", EXAMPLE)[2]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_is_refused_where_there_is_none(capsys):
     code, out, err = ask(capsys, "--prompt", "Hi", "--device", "cuda")
