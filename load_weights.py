@@ -691,12 +691,13 @@ def check_memory(checkpoint: Checkpoint, device: str, dtype: torch.dtype | None,
 def advice(checkpoint: Checkpoint, device: str, free: int) -> str:
     """What would fit; torch computes the sizes on meta tensors."""
     for kind in () if checkpoint.quantized else ("int8", "int4"):
-        smaller = open_checkpoint(checkpoint.folder)
-        try:
-            quantize_checkpoint(smaller, kind)
-        except InputError:      # int4 does not divide its rows
-            continue
-        bytes_needed = sum(p.numel() * min(p.itemsize, 2) for p in smaller.model.state_dict().values())
+        with torch.device("meta"):
+            smaller = ErnieVL(checkpoint.model.cfg)      # of several processes, this one's share
+            try:
+                quantize_layers(smaller, kind)
+            except InputError:      # int4 does not divide its rows
+                continue
+        bytes_needed = sum(p.numel() * min(p.itemsize, 2) for p in smaller.state_dict().values())
         if bytes_needed < free:
             return f"--quantize {kind} would fit"
     return "--device cpu would map it from the disk, and be slow" if device != "cpu" else "it takes a larger machine"
@@ -762,6 +763,7 @@ def save_quantized(folder: Path, kind: str, out: Path, progress: Callable = lamb
         raw = read_json(folder / "config.json") | {"quantization_config": {"quant_method": kind}}
         (Path(unfinished) / "config.json").write_text(json.dumps(raw, indent=1))
         (Path(unfinished) / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}, indent=1))
+        shutil.copymode(folder, unfinished)      # a temporary folder is its owner's alone
         os.rename(unfinished, out)
 
 
@@ -825,10 +827,13 @@ def main() -> int:
     try:
         folder = find_folder(args.folder)
         if args.save:
+            signal.signal(signal.SIGINT, signal.default_int_handler)      # from here on Ctrl-C removes what is not finished
             save_quantized(folder, args.quantize, args.save, lambda done, all: print(f"{done:,} of {all:,} tensors", file=sys.stderr))
             folder = args.save
         checkpoint = open_checkpoint(folder)
         print("\n".join([summary(checkpoint), *checkpoint.problems(20)]), flush=True)
+    except KeyboardInterrupt:
+        return 130
     except (InputError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -203,7 +203,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """The file appears when it is complete; until then, and if that fails, whatever stood there stays."""
     if RANK:
         return
-    check_output(path)
+    path = check_output(path)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
             write(Path(folder) / path.name)
@@ -212,9 +212,9 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         raise InputError(f"{path} could not be written ({error})") from None
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, errors: str = "strict") -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig", errors=errors)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from None
 
@@ -240,7 +240,8 @@ class Printer:
 
     def show(self, kind: str, text: str) -> None:
         if kind == "tool_call" and self.zoom and is_zoom(json.loads(text)):      # it is answered here; stderr tells of it
-            self.end() if self.last else None
+            if self.last:
+                self.end()
         elif kind not in self.hidden:
             if self.last and (kind != self.last or kind == "tool_call"):
                 print("\n\n" if self.last == "reasoning" else "\n", end="")
@@ -267,7 +268,7 @@ class Assistant:
         self.ended, self.tokens, self.prompt_tokens, self.media_tokens = "stop", 0, 0, 0      # of the last turn
 
     def read(self, messages: list[dict], seen: Callable[[Media], None] = lambda media: None) -> list[dict]:
-        return load_messages(messages, self.tokenizer.folder, self.args, seen)
+        return load_media(messages, self.tokenizer.folder, self.args.max_pixels, self.args.fps, self.args.max_frames, seen)
 
     def inputs(self, messages: list[dict], ask: bool = True) -> Inputs:
         return self.model.prepare(*encode_chat(self.tokenizer, messages, self.args.think, self.tools, ask=ask))
@@ -345,14 +346,9 @@ class Assistant:
         """The last message with what a program wants to know of it."""
         boxes, picture = boxes_of(messages[-1]), last_picture(messages)
         found = [{"label": box.label, "bbox": box.pixels(picture.image.size)} for box in boxes] if picture else []
-        out = {**written(messages[-1]), "finish_reason": self.ended, "boxes": found}
-        return out | {"usage": {"prompt_tokens": self.prompt_tokens, "picture_tokens": self.media_tokens,
-                                "completion_tokens": self.tokens},
-                      "seconds": {stage: round(s, 4) for stage, s in self.clock.seconds.items()}}
-
-
-def load_messages(messages: list[dict], folder: Path, args: argparse.Namespace, seen: Callable[[Media], None]) -> list[dict]:
-    return load_media(messages, folder, args.max_pixels, args.fps, args.max_frames, seen)
+        return {**written(messages[-1]), "finish_reason": self.ended, "boxes": found,
+                "usage": {"prompt_tokens": self.prompt_tokens, "picture_tokens": self.media_tokens, "completion_tokens": self.tokens},
+                "seconds": {stage: round(s, 4) for stage, s in self.clock.seconds.items()}}
 
 
 def check_question(messages: list[dict]) -> None:
@@ -402,7 +398,7 @@ def run(args: argparse.Namespace) -> None:
         request = read_request(read_text(args.messages), args.messages)
         messages, tools = request["messages"], tools + request["tools"]
     if messages or args.messages:
-        messages = load_messages(messages, tokenizer.folder, args, announce)
+        messages = load_media(messages, tokenizer.folder, args.max_pixels, args.fps, args.max_frames, announce)
     if not args.chat and not args.batch:
         check_question(messages)
     if args.boxes and not last_picture(messages):
@@ -526,11 +522,10 @@ def take_turn(assistant: Assistant, messages: list[dict]) -> None:
             assistant.converse(messages, printer.show)
             printer.end()
             assistant.report()
-            if assistant.ended != "tool_calls":
+            calls = messages[-1].get("tool_calls", [])
+            if assistant.ended != "tool_calls" or assistant.args.zoom and all(map(is_zoom, calls)):
                 break
-            if assistant.args.zoom and all(map(is_zoom, messages[-1]["tool_calls"])):
-                break
-            for call in messages[-1]["tool_calls"]:
+            for call in calls:
                 result = listen(f"result of {call['function']['name']}> ")
                 messages += assistant.read([{"role": "tool", "tool_call_id": call["id"], "content": result}])
     except BaseException:
@@ -546,7 +541,7 @@ def batch_lines(args: argparse.Namespace) -> list[tuple[int, str]]:
     """The requests that --out has no line for yet, with their line numbers. A line of it that was not finished is dropped."""
     lines, done = read_text(args.batch).split("\n"), set()        # not splitlines: JSON may hold other ends of lines
     if args.out and args.out.exists():
-        text = read_text(args.out)
+        text = read_text(args.out, "replace")      # it may end within a character
         whole = text[: text.rfind("\n") + 1]
         try:
             done = {json.loads(line)["line"] for line in whole.split("\n")[:-1]}
@@ -594,7 +589,7 @@ def memory_ran_out(error: Exception, args: argparse.Namespace) -> str:
     """How much was asked for, where torch says so, and what of the options is left to try."""
     asked = re.search(r"allocate (?:(\d+) bytes|([\d.]+ \w+))", str(error))
     much = asked and (asked[2] or size(int(asked[1])))
-    left = {"--max-pixels": args.media or args.prompt is None, "--quantize int4": not args.quantize,
+    left = {"--max-pixels": args.media or args.prompt is None, "--quantize int4": args.quantize != "int4",
             "--dtype bfloat16": args.dtype != "bfloat16"}
     return (f"error: there is not enough memory for this{f' ({much} more are needed)' if much else ''}: "
             f"try {', '.join(option for option in left if left[option])} or a shorter prompt")

@@ -781,6 +781,22 @@ def test_a_quantised_copy_is_what_quantising_while_loading_gives(tmp_path, kind,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
 
 
+def test_a_quantised_copy_can_be_read_by_whom_the_original_can_and_ctrl_c_leaves_nothing(tmp_path):
+    shutil.copytree(HERE / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("*.pt", "*.py", "__pycache__"))
+    (tmp_path / "tiny").chmod(0o755)
+    load_weights.save_quantized(tmp_path / "tiny", "int8", tmp_path / "small")
+    assert (tmp_path / "small").stat().st_mode == (tmp_path / "tiny").stat().st_mode
+    stopped = """if True:
+        import os, runpy, safetensors.torch, signal, sys
+        safetensors.torch.save_file = lambda *args, **options: os.kill(os.getpid(), signal.SIGINT)
+        sys.argv[0] = "load_weights.py"
+        runpy.run_path(sys.argv[0], run_name="__main__")"""
+    out = subprocess.run([sys.executable, "-c", stopped, str(tmp_path / "tiny"), "--quantize", "int4", "--save", str(tmp_path / "other")],
+                         cwd=HERE, capture_output=True, text=True)
+    assert out.returncode == 130 and "Traceback" not in out.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small", "tiny"]
+
+
 def test_what_cannot_be_quantised_is_refused(folders, tmp_path):
     with pytest.raises(InputError, match=r"rows of 24 weights, which int4 cannot divide into groups of 16: use int8"):
         load(folders["28b"], quantize="int4")
@@ -815,6 +831,10 @@ def test_memory_is_announced_and_compared_before_anything_is_read(shapes_28b, tm
     assert said[None] == [f"{name} takes 35.4 MB of memory and 58.8 GB mapped from disk (24.0 GB are free on cpu), and 57.3 kB a token of context",
                           f"{name} needs 58.8 GB on cuda, and 24.0 GB are free: --quantize int4 would fit"]
     assert said["int4"][1] == f"{name} takes 17.2 GB of memory (24.0 GB are free on cuda), and 57.3 kB a token of context"
+    half = load_weights.open_checkpoint(tmp_path)
+    load_weights.shard(half, 2)
+    with pytest.raises(InputError, match=r"needs 3\d\.\d GB on cuda, and 24.0 GB are free: --quantize int8 would fit"):
+        load_weights.check_memory(half, "cuda", None)
 
 
 def test_too_large_a_model_is_refused_before_anything_is_read(folders, monkeypatch):
@@ -1603,6 +1623,13 @@ def test_damaged_files_of_a_folder_are_named_in_one_sentence(capsys, tmp_path, n
     assert code == 2 and out == "" and err.splitlines()[-1].startswith("error: ") and str(tmp_path / "copy") in err
 
 
+def test_what_is_written_to_a_link_goes_where_it_leads(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    run.write_whole(tmp_path / "link", lambda path: path.write_text("new"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+
+
 def test_ctrl_c_keeps_the_text_so_far_and_exits_130():
     slow = """if True:
         import ernie_vl, run, sys, time
@@ -1823,8 +1850,9 @@ def test_a_batch_answers_every_line_and_goes_on_where_it_stopped(script, capsys,
     assert [reply.get("content") for reply in found] == ["a", None, None, None, "b", None, "c"] and err.splitlines()[-1] == "7 of 7 requests, 4 with an error"
     assert "JSON" in found[1]["error"] and "x.png does not exist" in found[2]["error"]
     whole = (tmp_path / "out.jsonl").read_text()
-    for cut, redone in ((whole[: whole.index('{"line": 6') + 20], 3), (whole, 0)):      # interrupted within line 6; finished
-        (tmp_path / "out.jsonl").write_text(cut)
+    within = whole[: whole.index('{"line": 6') + 20].encode()
+    for cut, redone in ((within, 3), (within + "\u4f60".encode()[:2], 3), (whole.encode(), 0)):      # interrupted within line 6, within a character; finished
+        (tmp_path / "out.jsonl").write_bytes(cut)
         script(*"xyz"[:redone])
         assert ask(capsys, "--batch", str(lines), "--out", str(tmp_path / "out.jsonl"))[0] == 0
         again = [json.loads(line)["line"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -1993,8 +2021,27 @@ def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert "step     4  loss" in again("--steps", "4", "--resume") and not torch.equal(load(tmp_path).embed_tokens.weight, before)
     assert load_picture(str(tmp_path / "curves.png")).width > 800
     (tmp_path / "training.pt").unlink()      # from the weights alone, on pictures that nobody was trained on
-    again("--steps", str(train.FRESH_START + 1), "--resume")
+    again("--steps", "1", "--resume")
     assert drawn == [0, 1, 2, 3, train.FRESH_START]
+    kept = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="error: there are weights in .*: --resume goes on"):      # it would begin in their place
+        again("--steps", "1")
+    assert (tmp_path / "model.safetensors").read_bytes() == kept
+
+
+@pytest.mark.parametrize("args, words", [(["--count", "0"], "1 or more"), (["--folder", "nowhere"], "config.json"), (["--skills"], "--skills")])
+def test_evaluate_refuses_bad_options_in_one_sentence(args, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *args])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_print_that_is_wider_than_its_picture_is_drawn(monkeypatch):
+    monkeypatch.setattr(scenes, "word", lambda rng, longest: "W" * longest)
+    for seed in range(40):
+        assert scenes.example("small", seed).answer == "WWW"
 
 
 def test_the_answers_that_the_readme_shows(capsys, monkeypatch, tmp_path):

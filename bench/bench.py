@@ -97,7 +97,7 @@ class Ours:
             kv.append(torch.randn(2, G, context, d).to(self.device, dtype))
         seconds = []
         for i in range(steps + 1):
-            where = torch.full((3, 1), context + i)
+            where = torch.full((3, 1), context + i, device=self.device)
             inputs = self.model.prepare([100])._replace(positions=where)
             start = time.perf_counter()
             int(self.model(inputs, cache, only_last=True)[0].argmax())
@@ -188,7 +188,7 @@ LOADING = """if True:
         while not done:
             peak[0] = max(peak[0], own())
             time.sleep(0.002)
-    threading.Thread(target=watch).start()
+    threading.Thread(target=watch, daemon=True).start()
     start = time.perf_counter()
     model = load(sys.argv[2]) if sys.argv[3] == "ours" else Model.from_pretrained(sys.argv[2], dtype=torch.bfloat16)
     seconds = time.perf_counter() - start
@@ -199,7 +199,7 @@ LOADING = """if True:
 def loading(folder: Path, side: str) -> tuple[float, float]:
     """Seconds, and GB of the process's own memory at the most beyond what it had before."""
     command = [sys.executable, "-c", LOADING, str(HERE.parent), str(folder), side]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return tuple(map(float, out.split()))
 
 
@@ -277,10 +277,9 @@ def table(measured: dict, columns: tuple = ("ours", "int8", "int4")) -> str:
 
 def fractions(measured: dict, speed: dict[str, float]) -> str:
     """What a token reads, against what the machine can read."""
-    read = 179.2e6                                      # weights: 6 of 32 experts, and all the rest of the decoder
-    rows = []
-    for name, side, size in (("bf16", "ours", 2), ("fp32", "ours", 4), ("bf16", "int8", 1), ("bf16", "int4", 0.53)):
-        rate = read * size / statistics.median(measured[f"{name}: token at 0.5k, ms"][side]) / 1e6
+    layers, head, rows = 146.4e6, 32.8e6, []            # weights: of the layers, with 6 of 32 experts, and of the head, never rounded
+    for name, side, size, of_head in (("bf16", "ours", 2, 2), ("fp32", "ours", 4, 4), ("bf16", "int8", 1, 2), ("bf16", "int4", 0.53, 2)):
+        rate = (layers * size + head * of_head) / statistics.median(measured[f"{name}: token at 0.5k, ms"][side]) / 1e6
         rows.append(f"{name if side == 'ours' else side} {rate:.1f} GB/s ({100 * rate / speed['read']:.0f} %)")
     return ", ".join(rows)
 

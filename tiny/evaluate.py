@@ -1,7 +1,7 @@
 """How much of its ten skills the tiny checkpoint has, on pictures that it was never trained on.
 
-    python tiny/evaluate.py                 500 samples a skill: clean, after JPEG, turned, noisy, and the use of its experts
-    python tiny/evaluate.py --count 20 --folder FOLDER
+    python tiny/evaluate.py     500 samples a skill: clean, after JPEG, turned, noisy; perplexity, and the use of its experts
+    python tiny/evaluate.py --count 20 --looks clean --quantize int4 --folder FOLDER
 """
 import argparse
 import math
@@ -101,12 +101,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default=str(HERE))
     parser.add_argument("--count", type=int, default=500, help="samples a skill (default: %(default)s)")
-    parser.add_argument("--skills", nargs="*", default=list(SKILLS), choices=SKILLS)
+    parser.add_argument("--skills", nargs="+", default=list(SKILLS), choices=SKILLS)
     parser.add_argument("--looks", nargs="*", default=list(LOOKS), choices=LOOKS)
     parser.add_argument("--quantize", choices=("int8", "int4"), help="what rounding the weights costs")
     args = parser.parse_args()
+    if args.count < 1:
+        parser.error("--count must be 1 or more")
     torch.set_num_threads(1)      # so small a model is faster on one
-    model, tokenizer = load(Path(args.folder), quantize=args.quantize), Tokenizer(Path(args.folder))
+    try:
+        model, tokenizer = load(Path(args.folder), quantize=args.quantize), Tokenizer(Path(args.folder))
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
     use = ExpertUse(model)
     print(f"{args.count} samples   wanted" + "".join(f"{name:>11s}" for name in args.looks))
     for skill in args.skills:

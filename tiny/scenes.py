@@ -3,9 +3,9 @@
     python tiny/scenes.py OUT.png     draws some of every skill, with questions and answers
 
 A skill is a function of a random.Random and a Look that returns an Example; the same seed draws the same picture. To teach
-another skill, write it and list it in SKILLS. What is in PRACTICE is trained on, and not measured.
+another skill, write it, list it in SKILLS, give it a share in
+train.py and a goal in evaluate.py. What is in PRACTICE is trained on, and not measured.
 """
-import functools
 import io
 import itertools
 import json
@@ -129,7 +129,6 @@ def box_in(corners: list[tuple], size: tuple, look: Look, margin: float = 0.0) -
     return [min(1000, max(0, round(v * 100) * 10)) for v in ends]
 
 
-@functools.cache
 def letters(text: str, bold: int, bitmap: bool) -> Image.Image:
     """White on black, cut to what was drawn."""
     font = ImageFont.load_default_imagefont() if bitmap else ImageFont.load_default(48)
@@ -140,7 +139,7 @@ def letters(text: str, bold: int, bitmap: bool) -> Image.Image:
 
 def lettering(text: str, rng: random.Random, height: int) -> Image.Image:
     """A word as a mask of about this height: one of two fonts, light or bold, upright or slanted, narrow or wide."""
-    letters_, slant = letters.__wrapped__(text, rng.choice([0, 0, 1, 2]), rng.random() < 0.25), rng.choice([0, 0, rng.uniform(-0.1, 0.3)])
+    letters_, slant = letters(text, rng.choice([0, 0, 1, 2]), rng.random() < 0.25), rng.choice([0, 0, rng.uniform(-0.1, 0.3)])
     width = max(4, round(letters_.width / letters_.height * height * rng.uniform(0.85, 1.25)))
     mask = letters_.resize((width, height), rng.choice([Image.LANCZOS, Image.BILINEAR]))
     lean = round(abs(slant) * height)
@@ -449,13 +448,14 @@ def clock(rng, look):
 
 def small(rng, look):
     """Practice in print down to the height of a stamp's figures."""
-    text, picture, height = word(rng, 3), Image.new("RGB", size_of(rng, 130, 190), pale(rng)), rng.randint(12, 26)
+    text, (wide, high), ground, height = word(rng, 3), size_of(rng, 130, 190), pale(rng), rng.randint(12, 26)
     if rng.random() < 0.3:
-        plate = sign(text, rng, height)
-        picture.paste(plate, (rng.randint(0, picture.width - plate.width), rng.randint(0, picture.height - plate.height)))
+        print_, mask = sign(text, rng, height), None
     else:
-        mask, ink = lettering(text, rng, height), off(rng.choice(["red", "green", "blue", "purple", "black", "black"]), rng)
-        picture.paste(ink, (rng.randint(4, picture.width - mask.width - 4), rng.randint(4, picture.height - mask.height - 4)), mask)
+        mask = lettering(text, rng, height)
+        print_ = Image.new("RGB", mask.size, off(rng.choice(["red", "green", "blue", "purple", "black", "black"]), rng))
+    picture = Image.new("RGB", (max(wide, print_.width + 8), high), ground)
+    picture.paste(print_, (rng.randint(4, picture.width - print_.width - 4), rng.randint(4, high - print_.height - 4)), mask)
     return Example(user(rng, rng.choice(READ), spoil(picture, look, rng.getrandbits(32))), text)
 
 

@@ -1,9 +1,9 @@
 """Trains the bundled checkpoint, with ernie_vl.py as it is, on the pictures and clips of scenes.py.
 
-    python tiny/train.py --out FOLDER              from nothing
-    python tiny/train.py --out FOLDER --resume     goes on after an interruption
-    python tiny/train.py --device cuda             on a GPU
-    torchrun --nproc-per-node 2 tiny/train.py      on two cores, each with packs of its own
+    python tiny/train.py --out FOLDER                        from nothing
+    python tiny/train.py --out FOLDER --resume               goes on after an interruption
+    python tiny/train.py --out FOLDER --device cuda          on a GPU
+    torchrun --nproc-per-node 2 tiny/train.py --out FOLDER   on two cores, each with packs of its own
 
 Writes config.json in the nested layout, model.safetensors under the hub's names, the vocabulary, curves.png, and training.pt, from
 which --resume goes on. Where there is no training.pt, --resume begins anew from the weights that are there.
@@ -33,7 +33,7 @@ sys.path += [str(HERE.parent), str(HERE)]
 import ernie_vl                                                                       # noqa: E402
 from ernie_vl import Config, ErnieVL, Inputs, Router, is_vision, positions            # noqa: E402
 from load_weights import candidates, load, read_config, router                        # noqa: E402
-from scenes import SKILLS, Example, after_zoom, example                               # noqa: E402
+from scenes import SKILLS, ZOOM_THOUGHT, Example, after_zoom, example                 # noqa: E402
 from tokenizer import ZOOM_TOOL, Tokenizer, encode_chat                               # noqa: E402
 
 # How often a skill is drawn. What is hard to learn, or is a part of others, comes more often.
@@ -62,7 +62,7 @@ def make_vocabulary(out: Path) -> None:
             it = example(skill, TRAINED + seed)
             corpus += [item["text"] for item in it.messages[0]["content"] if item["type"] == "text"]
             corpus += [text for _, *turn in it.more for text in turn] + ([] if skill in ("read", "zoom") else it.answer.split("\n"))
-            corpus += ["It says ", "The print is small. I zoom in.", '{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [', "]}}"]
+            corpus += ["It says ", ZOOM_THOUGHT, '{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [', "]}}"]
     corpus = [line for line in corpus if "ERNIE" not in line]      # or its capitals would be joined, in words to be read too
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -291,6 +291,8 @@ class Progress:
 
 def train(args: argparse.Namespace) -> None:
     out, speaks = Path(args.out), RANK == 0
+    if not args.resume and (out / "model.safetensors").exists():
+        sys.exit(f"error: there are weights in {out}: --resume goes on from them, and --out FOLDER begins anew elsewhere")
     if speaks and not args.resume:
         out.mkdir(exist_ok=True)
         make_vocabulary(out)
@@ -316,7 +318,7 @@ def train(args: argparse.Namespace) -> None:
                                         num_workers=args.workers, prefetch_factor=8 if args.workers else None)
     progress, clock = Progress(state["curve"], state["seconds"]), torch.tensor([state["seconds"]], device=args.device)
     for step, pack in enumerate(drawn, state["step"] + 1):
-        done = step / args.steps if args.steps else clock.item() / (60 * args.minutes)
+        done = step % FRESH_START / args.steps if args.steps else clock.item() / (60 * args.minutes)
         scale = min(1, step % FRESH_START / 150, max(0.0, (1 - done) / 0.85))      # up, and in a straight line down to nothing
         for optimizer, rate in zip(optimizers, rates):
             optimizer.param_groups[0]["lr"] = rate * scale
@@ -339,7 +341,8 @@ def train(args: argparse.Namespace) -> None:
         if speaks and (step % 250 == 0 or done >= 1):
             save(model, out / "model.safetensors")
             torch.save({"step": step, "seconds": progress.seconds, "curve": progress.curve, "model": model.state_dict(),
-                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, out / "training.pt")
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, out / "training.unfinished")
+            os.replace(out / "training.unfinished", out / "training.pt")
         if done >= 1:
             break
     if speaks:
@@ -370,7 +373,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(HERE), help="folder of the checkpoint (default: this one)")
     parser.add_argument("--minutes", type=float, default=240, help="how long, what was before --resume included (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="so many optimizer steps instead of minutes")
+    parser.add_argument("--steps", type=int, help="so many optimizer steps instead of minutes, those before --resume included")
     parser.add_argument("--rate", type=float, default=1.6e-3, help="highest learning rate (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from training.pt, or else from the weights")
     parser.add_argument("--device", default="cpu")
