@@ -193,8 +193,8 @@ def shared(value):
 
 def check_output(path: Path | None) -> Path | None:
     """Before minutes of work, not after them. Only an ordinary file may be replaced, never a device or a folder."""
-    path = path and path.resolve()
-    if path and (path.exists() and not path.is_file() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
+    path = path and Path(os.path.realpath(path))      # unlike Path's own, os.path's functions raise nothing, whatever the name
+    if path and (os.path.exists(path) and not os.path.isfile(path) or not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK)):
         raise InputError(f"{path} cannot be written: name a file in a folder that exists and is yours")
     return path
 
@@ -397,6 +397,7 @@ def run(args: argparse.Namespace) -> None:
     if args.messages:
         request = read_request(read_text(args.messages), args.messages)
         messages, tools = request["messages"], tools + request["tools"]
+    encode_chat(tokenizer, [{"role": "user", "content": []}], args.think, tools)      # what the folder cannot do is said before it is loaded
     if messages or args.messages:
         messages = load_media(messages, tokenizer.folder, args.max_pixels, args.fps, args.max_frames, announce)
     if not args.chat and not args.batch:
@@ -480,7 +481,7 @@ def chat(assistant: Assistant, messages: list[dict]) -> None:
                 media += assistant.read([{"role": "user", "content": [item]}], announce)[0]["content"]
             elif command == "/save":
                 text = json.dumps([written(message) for message in messages], ensure_ascii=False, indent=1)
-                write_whole(Path(file), lambda path: path.write_text(text + "\n", encoding="utf-8"))
+                write_whole(Path(file), lambda path: path.write_text(text + "\n", encoding="utf-8", errors="replace"))
                 say(f"wrote {file}: --messages reads it, --chat goes on with it")
             elif command.startswith("/"):
                 raise InputError(f"{command} is no command; these are: {COMMANDS}")
@@ -489,8 +490,8 @@ def chat(assistant: Assistant, messages: list[dict]) -> None:
                 messages += assistant.read([{"role": "user", "content": [{"type": "text", "text": line}, *media]}])
                 take_turn(assistant, messages)
                 media = [] if len(messages) > before else media
-        except InputError as error:
-            say(f"error: {error}")
+        except (InputError, MemoryError, RuntimeError) as error:
+            say(in_a_sentence(error, assistant.args))
         except KeyboardInterrupt:
             say("(/quit or Ctrl-D leaves)")
         except EOFError:
@@ -585,34 +586,35 @@ def save_logits(model: ErnieVL, inputs: Inputs, path: Path) -> None:
     say(f"wrote {path}: " + ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()))
 
 
-def memory_ran_out(error: Exception, args: argparse.Namespace) -> str:
-    """How much was asked for, where torch says so, and what of the options is left to try."""
+def in_a_sentence(error: Exception, args: argparse.Namespace) -> str:
+    """What went wrong; where memory ran out, how much was asked for, if torch says so, and what of the options is left to try.
+    Raises again what is a mistake of the program."""
+    if isinstance(error, (InputError, OSError)):
+        return f"error: {error}"
+    if isinstance(error, RuntimeError) and "memory" not in str(error):
+        raise error
     asked = re.search(r"allocate (?:(\d+) bytes|([\d.]+ \w+))", str(error))
     much = asked and (asked[2] or size(int(asked[1])))
     left = {"--max-pixels": args.media or args.prompt is None, "--quantize int4": args.quantize != "int4",
-            "--dtype bfloat16": args.dtype != "bfloat16"}
+            "--dtype bfloat16": args.dtype == "float32", "a shorter prompt": True}
     return (f"error: there is not enough memory for this{f' ({much} more are needed)' if much else ''}: "
-            f"try {', '.join(option for option in left if left[option])} or a shorter prompt")
+            f"try {' or '.join(option for option in left if left[option])}")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        if sys.stdout:
-            sys.stdout.reconfigure(errors="replace")
+        for stream in (sys.stdin, sys.stdout):
+            if hasattr(stream, "reconfigure"):      # None where there is none
+                stream.reconfigure(errors="replace")
         run(args)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        say(memory_ran_out(error, args))
-        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:                 # whoever read the answer has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
-    except (InputError, OSError) as error:
-        say(f"error: {error}")
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        say(in_a_sentence(error, args))
         return 2
     return 0
 

@@ -130,9 +130,7 @@ class Stream:
         return self.flush() + self.pieces.id_to_piece(id).replace("▁", " ")
 
     def flush(self) -> str:
-        text = self.bytes.decode(b"", final=True)
-        self.bytes.reset()
-        return text
+        return self.bytes.decode(b"", final=True)
 
 
 # --------------------------------------------------------------------------------------------- 2. chat template
@@ -163,11 +161,11 @@ STYLES = {
 def chat_style(tokenizer: Tokenizer) -> Style:
     """Told by the folder's own template, which we do not run. A vocabulary without <think> is a text-only relative's."""
     template = tokenizer.folder / "chat_template.jinja"
-    text = template.read_text(encoding="utf-8", errors="replace") if template.is_file() else str(tokenizer.settings.get("chat_template", ""))
+    text = template.read_text(encoding="utf-8", errors="replace") if template.is_file() else str(tokenizer.settings.get("chat_template") or "")
     if "<|im_start|>" in text:
         raise InputError(f"{tokenizer.folder} converses in ChatML, which is not supported: take a -PT checkpoint")
     names = tokenizer.folder.absolute().parts[-3:]      # in the Hugging Face cache the model's name stands two levels up
-    if "thinking_mode" in text or any("VL" in name and "Thinking" in name for name in names):
+    if "thinking_mode" in text or not text and any("VL" in name and "Thinking" in name for name in names):
         return STYLES["thinking"]
     return STYLES["instruct" if "<think>" in tokenizer.special else "text"]
 
@@ -193,7 +191,7 @@ def render(messages: list[dict], style: Style, think: bool | None = None, tools:
         role, thought = message["role"], message.get("reasoning_content")
         if role != "tool" or before != "tool":       # results of several calls share a turn
             parts += {"user": ["User: "], "tool": ["User: "], "assistant": ["\nAssistant: "], "system": []}[role]
-        if thought:
+        if thought and style.history:        # a checkpoint that was not taught to think has no place for it
             parts += around(style.history, thought)
         content = render_items(message["content"], style, counts)
         parts += around("<tool_output>\n{}\n</tool_output>\n", *content) if role == "tool" else content
@@ -408,22 +406,28 @@ def read_film(file: Path | io.BytesIO) -> tuple[int, float, Callable]:
         import av
     except ImportError:
         raise InputError("a clip of this kind is read by PyAV, which is not installed: pip install av") from None
-    if isinstance(file, io.BytesIO):
-        file.seek(0)                         # pillow has looked at it
-    container = av.open(file if isinstance(file, io.BytesIO) else str(file))
-    if not container.streams.video:
-        raise InputError("there are no pictures in it")
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
+
+    def open_film() -> tuple:
+        if isinstance(file, io.BytesIO):
+            file.seek(0)                         # others have looked at it
+        container = av.open(file if isinstance(file, io.BytesIO) else str(file))
+        if not container.streams.video:
+            raise InputError("there are no pictures in it")
+        return container, container.streams.video[0]
+
+    container, stream = open_film()
     rate, start = float(stream.average_rate or UNKNOWN_RATE), stream.start_time or 0
     count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))      # WebM has to be counted
 
     def frames(wanted: list[int]) -> Iterator[tuple[int, Image.Image]]:
-        frame, number, errors = None, -FAR - 1, 0
+        container, stream = open_film()
+        stream.thread_type = "AUTO"
+        decoded, frame, number, errors = container.decode(stream), None, -1, 0
         for index in wanted:
             if index - number > FAR:
-                container.seek(start + int(index / rate / stream.time_base), stream=stream)
-                decoded, frame = container.decode(stream), None
+                with contextlib.suppress(av.FFmpegError):      # a stream without a container has no places to go to
+                    container.seek(start + int(index / rate / stream.time_base), stream=stream)
+                    decoded, frame, number = container.decode(stream), None, index - 1
             while frame is None or number < index:
                 try:
                     frame = next(decoded)
@@ -495,7 +499,10 @@ def read_message(message: dict) -> dict:
         raise InputError(f"a message has the role {role!r}, and system, user, assistant and tool are known")
     if role == "tool" and not isinstance(content, str | None) and not is_items(content):
         content = json.dumps(content, ensure_ascii=False)         # training data has lists of JSON results
-    content = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if content is None and role in ("assistant", "tool"):         # a call, or a tool that had nothing to say
+        content = []
     if not isinstance(content, list):
         raise InputError(f"the content of a message is a text or a list of items, and this is {content!r}")
     out = {"role": role, "content": [read_item(item) for item in content]}
@@ -519,7 +526,7 @@ def read_item(item: dict) -> dict:
     kind, item = (item.get("type"), item) if isinstance(item, dict) else (item, {})
     if kind == "text" and isinstance(item.get("text"), str):
         return {"type": "text", "text": item["text"]}
-    if kind in KINDS:
+    if kind in KINDS[1:]:
         source = next((item[key] for key in (kind, "url", "path") if item.get(key) is not None), None)
         source = source.get("url") if isinstance(source, dict) else source
         if isinstance(source, (str, Path, Image.Image, Clip, Media)):
@@ -761,7 +768,7 @@ def find_boxes(text: str) -> list[Box]:
 def boxes_in(value, label: str = "") -> list[Box]:
     if isinstance(value, dict):
         label = next((value[key] for key in LABEL_KEYS if isinstance(value.get(key), str)), label)
-        value = next(([value[key]] for key in BOX_KEYS if key in value), list(value.values()))
+        value = next(([value[key]] for key in BOX_KEYS if key in value), [[part] for part in value.values()])
     if not isinstance(value, list):
         return []
     if len(value) == 4 and all(type(v) in (int, float) and 0 <= v <= 1100 for v in value):      # models overshoot the edge
@@ -782,8 +789,8 @@ def draw_boxes(image: Image.Image, boxes: list[Box]) -> Image.Image:
         x1, y1, x2, y2 = box.pixels(image.size)
         for width, paint in ((2 * line, "black"), (line, colour)):
             draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=paint, width=width)
-        if box.label:
-            label, font = box.label, label_font(box.label, size)
+        if label := " ".join(box.label.split()):      # pillow measures one line
+            font = label_font(label, size)
             while len(label) > 1 and draw.textlength(label, font) > image.width - size:
                 label = f"{label[:-2]}…"
             left, top, right, bottom = draw.textbbox((0, 0), label, font=font)

@@ -286,12 +286,9 @@ def main() -> int:
     torch.set_num_threads(1)                             # the same sums in the same order, wherever it runs
     with tempfile.TemporaryDirectory() as root:
         out = compute(Path(root))
-    groups: dict[str, int] = {}
-    for key, tensor in out.items():
-        group = ".".join(key.split(".")[:2])
-        groups[group] = groups.get(group, 0) + tensor.nbytes
-    for group, size in groups.items():
-        print(f"{group:24s} {sum(key.startswith(group) for key in out):3d} tensors {size:9,} bytes")
+    for group, keys in itertools.groupby(out, lambda key: ".".join(key.split(".")[:2])):
+        sizes = [out[key].nbytes for key in keys]
+        print(f"{group:24s} {len(sizes):3d} tensors {sum(sizes):9,} bytes")
     save_file(out, HERE / "reference.safetensors", metadata={"transformers": version})
     print(f"{'reference.safetensors':24s} {len(out):3d} tensors {(HERE / 'reference.safetensors').stat().st_size:9,} bytes")
     return 0
