@@ -64,10 +64,10 @@ class Thing(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------- drawing
 def any_look(rng: random.Random) -> Look:
-    """Four in ten of what is trained on are clean, the others are not."""
-    if rng.random() < 0.4:
+    """Three in ten of what is trained on are clean, the others are not."""
+    if rng.random() < 0.3:
         return Look()
-    turn = rng.uniform(-6.5, 6.5) * (rng.random() < 0.7)
+    turn = rng.uniform(-7, 7) * (rng.random() < 0.85)
     return Look(turn, rng.choice([0, rng.uniform(2, 10)]), rng.choice([0, rng.randint(45, 90)]))
 
 
@@ -427,7 +427,8 @@ def watch(rng, look):
         question, answer = rng.choice([
             (rng.choice(["What comes first?", "Which thing comes first?"]), f"The {a.name}."),
             (rng.choice(["When does the {} appear?", "At what time does the {} come?"]).format((a, b)[late].name),
-             f"The {(a, b)[late].name} comes at {starts[late] * step:.1f} seconds.")])
+             f"Frames are {step:.1f} seconds apart, and the {(a, b)[late].name} comes in frame {starts[late] + 1}: "
+             f"at {starts[late] * step:.1f} seconds.")])
     pictures = [draw(scene, rng, look, size, background) for scene in shown]
     more = [("stamps", "How far apart are the frames?", f"{step:.1f} seconds."),
             ("stamps", "How long is the clip?", f"{(frames - 1) * step:.1f} seconds.")]

@@ -37,13 +37,13 @@ from scenes import SKILLS, ZOOM_THOUGHT, Example, after_zoom, example           
 from tokenizer import ZOOM_TOOL, Tokenizer, encode_chat                               # noqa: E402
 
 # How often a skill is drawn. What is hard to learn, or is a part of others, comes more often.
-SHARES = {"describe": 2, "read": 26, "count": 6, "locate": 5, "compare": 4, "watch": 18, "talk": 3, "think": 4, "zoom": 15, "decline": 7, "ask": 4,
-          "told": 3, "clock": 10, "small": 12}
+SHARES = {"describe": 2, "read": 26, "count": 6, "locate": 5, "compare": 4, "watch": 24, "talk": 3, "think": 4, "zoom": 20, "decline": 7, "ask": 4,
+          "told": 3, "clock": 8, "small": 10}
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun sets them
 # Seeing begins with single things and single letters: at first the shortest of three answers is taken, of fewer skills.
 EARLY, EARLY_SHARES = 800, {"describe": 8, "read": 6, "count": 4, "locate": 4, "decline": 4, "talk": 1}
 TRAINED = 10**9          # seeds of pictures to train on start here; those before are for measuring
-FRESH_START = 4 * 10**6      # step from which pictures are drawn when training begins anew from weights: those before it were seen
+FRESH_START = 5 * 10**6      # step from which pictures are drawn when training begins anew from weights: those before it were seen
 PACK = 24                                # conversations in one optimizer step
 TOKENS = 600                             # what the loss of a step is divided by; a pack asks for 300 to 1,200 tokens
 PICTURE, FRAME = (18_816, 25_088), (25_088, 28_224)      # fewest and most pixels: 24 to 32 tokens a picture, 15 to 18 a frame
