@@ -6,13 +6,13 @@
                                                      (t, h, w) positions ──┘
 
 Start reading at `ErnieVL.forward`, near the end: it is the drawing above. The definitions stand in the order of the data,
-and modules are named as in the released checkpoints.
+and modules are named as in the released checkpoints (the table in `load_weights.py` says where not).
 
 Letters used in every shape comment (a test runs the model and checks the comments against the live tensors):
 
     T  tokens given to this pass    S  tokens seen so far, T included    V  vocabulary
     D  decoder width                H  query heads                       G  key/value heads     d  width of a head
-    E  experts of one modality      K  experts chosen for a token        C  ViT width (H and d are its own there)
+    E  experts of one modality      K  experts chosen for a token        C  ViT width (inside it, H and d are its own)
     N  patches of all pictures      M  pictures and clips                P  numbers in a patch (3 colours x 14 x 14)
     t, h, w  frames, rows and columns of one picture or clip: in patches in the ViT, in tokens in the decoder
 
@@ -87,8 +87,8 @@ class Config:
 
 # ---------------------------------------------------------------------------------------- 2. vision transformer
 def frequencies(pairs: int, theta: float, device: torch.device) -> Tensor:             # -> (pairs,)
-    """Turning speeds of rotary pairs, fast to slow. In fp32 and always on the CPU: a GPU's power function may differ in the
-    last digit, and fp64 does; that is up to 0.005 rad at position 100,000."""
+    """Turning speeds of rotary pairs, fast to slow. In fp32 and always on the CPU: fp64, or the power function of a GPU, would
+    give speeds that differ in the last digit, which is up to 0.005 rad at position 100,000."""
     return (1.0 / theta ** (torch.arange(pairs, dtype=torch.float32, device="cpu") / pairs)).to(device)
 
 
@@ -203,7 +203,7 @@ class Resampler(nn.Module):
     def forward(self, x: Tensor, grids: list[tuple]) -> Tensor:                            # (N, C) -> (tokens, D)
         x = self.spatial_linear(x.reshape(-1, self.width))                                 # (N/4, 4C)
         clips = x.split([t * h * w // SPATIAL_MERGE**2 for t, h, w in grids])
-        pairs = torch.cat([self.pair_frames(*clip) for clip in zip(clips, grids)])         # (tokens, 8C)
+        pairs = torch.cat([self.pair_frames(clip, grid) for clip, grid in zip(clips, grids)])    # (tokens, 8C)
         return self.after_norm(self.mlp(self.temporal_linear(pairs)))
 
     def pair_frames(self, clip: Tensor, grid: tuple) -> Tensor:                            # -> (tokens, 8C)
@@ -225,7 +225,7 @@ def positions(ids: Tensor, grids: list[tuple], cfg: Config, rule: str = "officia
     rule "hf_5_23" leaves time out of that largest number, as transformers 5.23 does. It differs after a clip with more
     frames than rows and columns, counted in tokens."""
     slots = is_placeholder(ids, cfg).nonzero().flatten().tolist()
-    out, done, start = [], 0, 0                                  # `done` tokens have positions, the next one is `start`
+    out, done, start = [], 0, 0                                  # tokens placed so far, and the next free position
     for grid in map(merged, grids):
         t, h, w = grid
         tokens, slots = slots[: t * h * w], slots[t * h * w :]
@@ -302,8 +302,8 @@ class Cache:
         self.layers, self.marks = [KVCache() for _ in range(layers)], []
 
     def keep(self, marks: list) -> int:
-        """Forgets all but what a prompt with these marks begins with, and returns the length of that. The last token is
-        never in it, since its logits are wanted; nor is half a picture: its tokens have one mark."""
+        """Forgets all but what a prompt with these marks begins with, and returns the length of that. The prompt's last token
+        is never in it, since its logits are wanted, nor half a picture, whose tokens all have one mark."""
         same = 0
         while same < min(len(self.marks), len(marks) - 1) and self.marks[same] == marks[same]:
             same += 1
@@ -345,7 +345,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:              # (H, T, d),
         return F.scaled_dot_product_attention(q.reshape(1, len(k), -1, q.shape[2]), k[None], v[None]).reshape(q.shape)
     # is_causal lets query 0 see key 0 alone; behind a cache query 0 stands S - T keys later
     mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=T == S, enable_gqa=True)[0]
+    k, v = (z[:, None].expand(-1, len(q) // len(z), -1, -1) for z in (k, v))               # (G, H/G, S, d): seen so, not copied
+    return F.scaled_dot_product_attention(q.view(*k.shape[:2], T, -1), k, v, mask, is_causal=T == S).flatten(0, 1)
 
 
 class MLP(nn.Module):
@@ -368,7 +369,7 @@ class Router(nn.Module):
     def __init__(self, cfg: TextConfig):
         super().__init__()
         self.k = cfg.moe_k
-        self.weight = nn.Parameter(torch.empty(cfg.moe_num_experts, cfg.hidden_size))      # filled by the loader
+        self.weight = nn.Parameter(torch.empty(cfg.moe_num_experts, cfg.hidden_size))      # the loader fills it
         self.e_score_correction_bias = nn.Parameter(torch.zeros(cfg.moe_num_experts), requires_grad=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:                                 # (T, D) -> (T, K), (T, K)
@@ -389,6 +390,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                                                # (T, D) -> (T, D)
         weights, chosen = self.gate(x)
+        if len(x) == 1:      # a generated token: sorting by expert, as below, would take as long as small products
+            return sum(w * self.experts[e](x) for w, e in zip(weights[0], chosen[0].tolist()))
         y = torch.zeros_like(x)                                                            # (T, D)
         for e in chosen.unique().tolist():
             token, slot = torch.where(chosen == e)
@@ -440,7 +443,7 @@ class Inputs(NamedTuple):
     positions: Tensor      # (3, T): time, row, column
     is_vision: Tensor      # (T,) bool: goes to the vision experts
     patches: Tensor        # (N, P): pictures and clips in the order of the prompt
-    grids: list[tuple]     # M times (t, h, w), counted in patches: t = 1 for a picture, even for a clip
+    grids: list[tuple]     # M times (t, h, w), counted in patches; t is 1 for a picture and an even number for a clip
 
 
 class ErnieVL(nn.Module):
@@ -460,14 +463,14 @@ class ErnieVL(nn.Module):
         `inputs` are then the tokens that follow what it holds, with positions that go on counting (see `rest`)."""
         x = self.embed(inputs)                                                             # (T, D)
         angles = rope_angles(inputs.positions, self.cfg.text)[:, None]                     # (T, 1, d/2)  for all layers
-        # a long prompt goes through the layers in chunks, so that what they need beside the cache does not grow with it
-        chunks, out = (y.split(CHUNK if cache else len(x)) for y in (x, angles.cos(), angles.sin(), inputs.is_vision)), []
-        for x, cos, sin, is_vision in zip(*chunks):
+        # a long prompt goes through the layers in chunks, so that little of what they need beside the cache grows with it
+        whole, out = (x, angles.cos(), angles.sin(), inputs.is_vision), []
+        for x, cos, sin, is_vision in zip(*(y.split(CHUNK if cache else len(x)) for y in whole)):
             for layer, kv in zip(self.layers, cache.layers if cache else [None] * len(self.layers), strict=True):
                 x = layer(x, cos, sin, is_vision, kv)                                      # (T, D)
-            out.append(x)
+            out = [x[-1:]] if only_last else [*out, x]
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(self.norm(out[-1][-1:] if only_last else torch.cat(out)), head.weight)
+        return F.linear(self.norm(torch.cat(out)), head.weight)
 
     def embed(self, inputs: Inputs) -> Tensor:                                             # -> (T, D)
         """Embeddings of the tokens, with the placeholders' rows overwritten by what the pictures look like."""
@@ -574,10 +577,7 @@ def generate(model: ErnieVL, inputs: Inputs, max_new_tokens: int = 1024, stop: t
     with its pictures; then one token a step. `forbidden` ids are never chosen. The same seed gives the same ids. A `cache`
     from the turn before saves computing again what this prompt begins with."""
     generator = torch.Generator()       # on the CPU, like the logits below: a seed means the same on every device
-    if seed is not None:
-        generator.manual_seed(seed)
-    else:
-        generator.seed()
+    generator.manual_seed(generator.seed() if seed is None else seed)
     cache, seen, forbidden = cache or model.new_cache(), inputs.ids.tolist(), list(forbidden)
     step = inputs._replace(patches=inputs.patches[:0], grids=[], is_vision=torch.zeros_like(inputs.is_vision[:1]))
     marks = model.marks(inputs)

@@ -90,7 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--quantize", choices=("int8", "int4"), help="round the decoder's weights while loading: half or a third of the memory")
     add("--compile", action="store_true", help="compile the step that makes a token, which takes up to a few minutes: "
         "made for a GPU, where it has not been measured yet")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto keeps what the checkpoint stores")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto keeps what the checkpoint stores (fp16 becomes float32)")
     add = parser.add_argument_group("how to answer").add_argument
     add("--max-new-tokens", metavar="N", type=at_least(1, int), default=1024, help="longest answer (default: %(default)s)")
     add("--temperature", metavar="X", type=at_least(0, float), default=0.0, help="0, the default, takes the likeliest token")

@@ -857,6 +857,22 @@ def test_bf16_through_fp32_is_the_same_product(monkeypatch, tmp_path):
         assert kinds(dtype=torch.bfloat16) == {expected} and kinds() == {nn.Linear}
 
 
+def test_with_avx_512_onednn_is_off_while_one_token_goes_through(monkeypatch):
+    onednn = torch._C._get_mkldnn_enabled
+    seen, logits = {}, {}
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        model = load(HERE / "tiny")
+        model.norm.register_forward_hook(lambda module, given, out: seen.setdefault(capability, []).append(onednn()))
+        with torch.inference_mode():
+            logits[capability] = [model(model.prepare(ids)) for ids in ([5], [5, 6], [5])]
+            with pytest.raises(AttributeError):
+                model(model.prepare([5])._replace(patches=None, grids=[(1, 2, 2)]))
+        assert onednn()
+    assert seen == {"AVX2": [True, True, True], "AVX512": [False, True, False]}
+    assert all(distance(one, two) < 1e-5 for one, two in zip(*logits.values()))
+
+
 def test_two_processes_compute_what_one_does(tmp_path, capsys):
     """Half the heads and half the width of every expert each, over gloo; the first speaks."""
     two = lambda *more: subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "run.py", "--image", EXAMPLE, *more],
