@@ -2193,7 +2193,7 @@ MISTAKES = {  # old text -> new text; each was made by a port of this model, or 
                                      "(start + torch.arange(len(tokens))).expand(3, -1)"),
     "text continues after the count": ('start += max(grid[1:] if rule == "hf_5_23" else grid)', "start += len(tokens)"),
     "text continues after the rows": ('start += max(grid[1:] if rule == "hf_5_23" else grid)', "start += h"),
-    "key heads tiled": ("q[None], k[None], v[None], mask", "q[None], k[None].tile(2, 1, 1), v[None].tile(2, 1, 1), mask"),
+    "key heads tiled": ("z[:, None].expand(-1, len(q) // len(z), -1, -1)", "z.tile(len(q) // len(z), 1, 1).unflatten(0, (len(z), -1))"),
     "no causal mask": ("is_causal=T == S", "is_causal=False"),
     "ViT row and column swapped": ("return blocks.transpose(1, 2)", "return blocks.flip(-1).transpose(1, 2)"),
     "ViT positions in raster order": ("return blocks.transpose(1, 2).reshape(h * w, 2)", "return cells"),
