@@ -664,14 +664,19 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None,
             put(ours, tensor.to(device) if compile else layers[ours].pack(tensor.to(device)))
         else:
             put(ours, tensor.to(device, wanted_dtype(ours, tensor.dtype, dtype)))
-    if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        steps_without_onednn(checkpoint.model)
-    if device == "cpu" and not has_bf16_products():
-        for module in checkpoint.model.modules():
-            if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
-                module.__class__ = ThroughFP32
+    if device == "cpu":
+        suit_cpu(checkpoint.model)
     checkpoint.model.eval()
     return compiled(checkpoint.model, announce) if compile else checkpoint.model
+
+
+def suit_cpu(model: ErnieVL) -> None:
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        steps_without_onednn(model)
+    if not has_bf16_products():
+        for module in model.modules():
+            if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
+                module.__class__ = ThroughFP32
 
 
 def has_bf16_products() -> bool:
