@@ -345,7 +345,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:              # (H, T, d),
         return F.scaled_dot_product_attention(q.reshape(1, len(k), -1, q.shape[2]), k[None], v[None]).reshape(q.shape)
     # is_causal lets query 0 see key 0 alone; behind a cache query 0 stands S - T keys later
     mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    k, v = (z[:, None].expand(-1, len(q) // len(z), -1, -1) for z in (k, v))               # (G, H/G, S, d): seen so, not copied
+    k, v = (z[:, None].expand(-1, len(q) // len(z), -1, -1) for z in (k, v))               # (G, H/G, S, d), without a copy
     return F.scaled_dot_product_attention(q.view(*k.shape[:2], T, -1), k, v, mask, is_causal=T == S).flatten(0, 1)
 
 

@@ -322,17 +322,15 @@ class ThroughFP32(nn.Linear):
         return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float()).type_as(x)
 
 
-def steps_without_onednn(model: ErnieVL) -> None:
+class StepsWithoutOneDNN(ErnieVL):
     """With AVX-512, oneDNN reads the bf16 weights of a product of one row at half the speed of torch's own kernels (11 GB/s a
     core instead of 22), which are several times slower from a few rows on: it is off while one token goes through."""
-    def before(model: ErnieVL, given: tuple) -> None:
-        torch.backends.mkldnn.set_flags(len(given[0].ids) > 1)
 
-    def after(model: ErnieVL, given: tuple, logits: Tensor) -> None:
-        torch.backends.mkldnn.set_flags(True)
-
-    model.register_forward_pre_hook(before)
-    model.register_forward_hook(after, always_call=True)       # after an error, too
+    def forward(self, inputs: Inputs, cache: Cache | None = None, only_last: bool = False) -> Tensor:
+        if len(inputs.ids) > 1:
+            return super().forward(inputs, cache, only_last)
+        with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):       # None: as it is
+            return super().forward(inputs, cache, only_last)
 
 
 def quantize_layers(model: ErnieVL, kind: str) -> dict[str, QuantizedLinear]:
@@ -672,7 +670,7 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None,
 
 def suit_cpu(model: ErnieVL) -> None:
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        steps_without_onednn(model)
+        model.__class__ = StepsWithoutOneDNN
     if not has_bf16_products():
         for module in model.modules():
             if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
