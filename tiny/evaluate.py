@@ -1,6 +1,6 @@
-"""How much of its ten skills the tiny checkpoint has, on pictures that it was never trained on.
+"""How much of its ten skills the tiny checkpoint has, on images that it was never trained on.
 
-    python tiny/evaluate.py     500 samples a skill: clean, after JPEG, turned, noisy; perplexity, and the use of its experts
+    python tiny/evaluate.py     500 samples a skill: clean, after JPEG, turned, noisy; perplexity, use of experts
     python tiny/evaluate.py --count 20 --looks clean --quantize int4 --folder FOLDER
 """
 import argparse
@@ -16,25 +16,39 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE.parent), str(HERE)]
 
-from ernie_vl import ErnieVL, InputError, Router, generate                            # noqa: E402
-from load_weights import load                                                         # noqa: E402
-from scenes import SKILLS, Example, Look, after_zoom, example                          # noqa: E402
-from tokenizer import Tokenizer, encode_chat, find_boxes                              # noqa: E402
-from train import Pack                                                                # noqa: E402
+from ernie_vl import ErnieVL, InputError, Router, generate, read_json, sampler         # noqa: E402
+from extras.boxes import find_boxes                                                    # noqa: E402
+from extras.cpu import tune_for_cpu                                                    # noqa: E402
+from extras.quantize import KINDS, open_quantized, stage                               # noqa: E402
+from load_weights import load, open_checkpoint                                         # noqa: E402
+from scenes import SKILLS, Example, Look, after_zoom, encode, example                  # noqa: E402
+from tokenizer import Tokenizer                                                        # noqa: E402
+from train import Pack                                                                 # noqa: E402
 
-TARGETS = {"describe": 97, "read": 93, "count": 97, "locate": 90, "compare": 93, "watch": 93, "talk": 97, "think": 93, "zoom": 90, "decline": 97}
-LOOKS = {"clean": Look(), "JPEG 60": Look(quality=60), "turned +5": Look(turn=5), "turned -5": Look(turn=-5), "noise 8": Look(noise=8)}
+TARGETS = {"describe": 97, "read": 93, "count": 97, "locate": 90, "compare": 93, "watch": 93, "talk": 97, "think": 93,
+           "zoom": 90, "decline": 97}
+LOOKS = {"clean": Look(), "JPEG 60": Look(quality=60), "turned +5": Look(turn=5), "turned -5": Look(turn=-5),
+         "noise 8": Look(noise=8)}
+
+
+def load_model(folder: Path, quantize: str | None = None) -> ErnieVL:
+    """On the CPU, as run.py does it. quantize: "int8", "int4", or None: as it is stored. Raises InputError."""
+    quantized = read_json(folder / "config.json").get("quantization_config")
+    checkpoint = open_quantized(folder) if quantized else open_checkpoint(folder)
+    return tune_for_cpu(load(checkpoint, stages=[stage(quantize)] if quantize else []))
 
 
 def answer(model: ErnieVL, tokenizer: Tokenizer, it: Example) -> str:
     """What it writes, greedily."""
-    prompt = encode_chat(tokenizer, it.messages, it.think, it.tools or ())
-    ids = generate(model, model.prepare(*prompt), 120, stop=tuple(tokenizer.stop), forbidden=tokenizer.forbidden(model.cfg.text.vocab_size))
+    choose = sampler(suppressed=tokenizer.suppressed_ids(model.cfg.text.vocab_size))
+    inputs = model.prepare(*encode(tokenizer, it))
+    ids = generate(model, inputs, choose, tuple(tokenizer.stop), max_new_tokens=120)
     return tokenizer.decode(list(ids), keep=("</think>", "<tool_call>", "</tool_call>"))
 
 
 def right(model: ErnieVL, tokenizer: Tokenizer, skill: str, it: Example) -> bool:
-    """To the letter, but for boxes, of which half must be met, and for what it says on the way to an answer, in thoughts or aloud."""
+    """To the letter, but for boxes, of which half must be met, and for what it says on the way to an answer, in
+    thoughts or aloud."""
     said = answer(model, tokenizer, it)
     if skill == "locate":
         boxes = find_boxes(said)
@@ -69,9 +83,9 @@ def perplexity(model: ErnieVL, tokenizer: Tokenizer, skills: list[str], count: i
     loss = tokens = 0.0
     for skill in skills:
         for seed in range(count):
-            pack = Pack(tokenizer, model.cfg, [(skill, example(skill, seed, Look())._replace(more=()))])
-            loss += F.cross_entropy(model(pack.inputs).float(), pack.targets, reduction="sum").item()
-            tokens += (pack.targets >= 0).sum().item()
+            one = Pack(tokenizer, model.cfg, [(skill, example(skill, seed, Look())._replace(more=()))])
+            loss += F.cross_entropy(model(one.inputs).float(), one.targets, reduction="sum").item()
+            tokens += (one.targets >= 0).sum().item()
     return math.exp(loss / tokens)
 
 
@@ -79,7 +93,8 @@ class ExpertUse:
     """Counts how often each expert is chosen, by layer and modality."""
 
     def __init__(self, model: ErnieVL):
-        self.counts = {name: torch.zeros_like(gate.e_score_correction_bias) for name, gate in model.named_modules() if isinstance(gate, Router)}
+        self.counts = {name: torch.zeros(len(gate.weight)) for name, gate in model.named_modules()
+                       if isinstance(gate, Router)}
         for name, count in self.counts.items():
             model.get_submodule(name).register_forward_hook(partial(self.add, count))
 
@@ -103,15 +118,18 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500, help="samples a skill (default: %(default)s)")
     parser.add_argument("--skills", nargs="+", default=list(SKILLS), choices=SKILLS)
     parser.add_argument("--looks", nargs="*", default=list(LOOKS), choices=LOOKS)
-    parser.add_argument("--quantize", choices=("int8", "int4"), help="what rounding the weights costs")
+    parser.add_argument("--quantize", choices=KINDS, help="what rounding the weights costs")
     args = parser.parse_args()
     if args.count < 1:
         parser.error("--count must be 1 or more")
-    torch.set_num_threads(1)      # so small a model is faster on one
     try:
-        model, tokenizer = load(Path(args.folder), quantize=args.quantize), Tokenizer(Path(args.folder))
+        model, tokenizer = load_model(Path(args.folder), args.quantize), Tokenizer(Path(args.folder))
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
+    report(model, tokenizer, args)
+
+
+def report(model: ErnieVL, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     use = ExpertUse(model)
     print(f"{args.count} samples   wanted" + "".join(f"{name:>11s}" for name in args.looks))
     for skill in args.skills:
@@ -120,7 +138,8 @@ def main() -> None:
             print(f"{100 * score(model, tokenizer, skill, args.count, LOOKS[look]):11.1f}", end="", flush=True)
         print()
     with torch.inference_mode():
-        print(f"\nperplexity of the true answers, a token: {perplexity(model, tokenizer, args.skills, args.count):.4f}\n\n{use.table()}")
+        per_token = perplexity(model, tokenizer, args.skills, args.count)
+    print(f"\nperplexity of the true answers, a token: {per_token:.4f}\n\n{use.table()}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What people need beside the core: each file is one capability, with its tests beside it."""
