@@ -563,6 +563,7 @@ def test_what_is_silent_what_is_suppressed_and_what_ends_an_answer(tmp_path, eos
     hello, suppressed = tokenizer.encode("Hello"), set(tokenizer.suppressed_ids(2000))
     assert tokenizer.decode([0, 1, *hello, 2, 1000, 1008, 5000]) == "Hello"
     assert tokenizer.decode([1009, *hello], keep=("</think>",)) == "</think>Hello" and tokenizer.stop == stop
+    assert len(tokenizer.encode("True")) == 1 and "True" not in tokenizer.special      # what add_bos_token says is no name
     assert {1001, 1002, 1004, 1005, 1010, 1999} <= suppressed and not {1003, 1008, 1009, 2000, *stop} & suppressed
     thinks = lambda text: tokenizer.begins_thinking(tokenizer.encode(text, control=True))
     assert [thinks(text) for text in (f"{BEGIN}<think>", EMPTY, "", f"{EMPTY}<think>")] == [True, False, False, True]

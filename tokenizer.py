@@ -64,11 +64,11 @@ class Tokenizer:
         """Control tokens by name: those in the SentencePiece model, and those that the folder adds. Digits are pieces
         too, and some files list them here, but they are ordinary text."""
         names = {self.pieces.id_to_piece(i): i for i in range(len(self.pieces)) if self.pieces.is_control(i)}
-        listed = read_json(self.folder / "special_tokens_map.json", {}) | self.settings
-        for key in (key for key in listed if key.endswith(("_token", "_tokens"))):
-            for name in listed[key] if isinstance(listed[key], list) else [listed[key]]:
-                name = str(name["content"] if isinstance(name, dict) else name)
-                names |= {name: id for id in [self.pieces.piece_to_id(name)] if id != self.pieces.unk_id()}
+        for key, value in [*read_json(self.folder / "special_tokens_map.json", {}).items(), *self.settings.items()]:
+            listed = (value if isinstance(value, list) else [value]) * key.endswith(("_token", "_tokens"))
+            listed = [name.get("content") if isinstance(name, dict) else name for name in listed]
+            ids = {name: self.pieces.piece_to_id(name) for name in listed if isinstance(name, str)}      # some are bool
+            names |= {name: id for name, id in ids.items() if id != self.pieces.unk_id()}
         names |= read_json(self.folder / "added_tokens.json", {})
         names |= {token["content"]: int(id) for id, token in self.settings.get("added_tokens_decoder", {}).items()}
         if "<|IMAGE_PLACEHOLDER|>" not in names:

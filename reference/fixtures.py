@@ -18,7 +18,7 @@ from small_model import (IMAGE, IMAGE_END, IMAGE_START, VIDEO_END, VIDEO_START, 
 
 
 # ------------------------------------------------------------------------------------------------ a small vocabulary
-WORDS = "Hello hello how Hey This is a test User: Assistant: Picture What kind of dog is this? Nice to meet you."
+WORDS = "Hello hello how Hey This is a True test User: Assistant: Picture What kind of dog is this? Nice to meet you."
 ADDED = ("<|end_of_sentence|>", "<|begin_of_sentence|>", "<|IMAGE_PLACEHOLDER|>", "<|LOC_7|>", "<|IMAGE_START|>",
          "<|IMAGE_END|>", "<|VIDEO_START|>", "<|VIDEO_END|>", "<think>", "</think>")
 
@@ -34,7 +34,7 @@ def write_vocabulary(folder: Path, known: tuple[str, ...] = (), added: tuple[str
         normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     settings = {"additional_special_tokens": [*known, "1"], "cls_token": {"content": "<|begin_of_sentence|>"},
-                "padding_side": "Hello"}
+                "padding_side": "Hello", "add_bos_token": True}
     files = {"added_tokens": {name: 1000 + i for i, name in enumerate(added)}, "tokenizer_config": settings,
              "generation_config": generation}
     for name, value in files.items():
