@@ -100,16 +100,21 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------- 2. vision transformer
-def inv_freq(pairs: int, theta: float, device: torch.device) -> Tensor:                # -> (pairs,)
+def widen(x: Tensor) -> Tensor:
+    """In fp32, where the digits of bf16 would not do; in an fp64 model in fp64: then nothing is rounded in between."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def inv_freq(pairs: int, theta: float, like: Tensor) -> Tensor:                        # -> (pairs,)
     """Rotary inverse frequencies, highest first. In fp32 and always on the CPU: fp64, or the power function of a GPU,
-    would differ from training in the last digit, which is up to 0.005 rad at position 100,000."""
-    return (1.0 / theta ** (torch.arange(pairs, dtype=torch.float32, device="cpu") / pairs)).to(device)
+    would differ from training in the last digit, up to 0.005 rad at position 100,000. Returned as `like`, widened."""
+    return (1.0 / theta ** (torch.arange(pairs, dtype=torch.float32, device="cpu") / pairs)).to(widen(like[:0]))
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:                      # (N, H, d) -> (N, H, d)
     """Rotary embedding of the ViT, in the "rotate_half" (NeoX) layout:              0 1 2 3 | 4 5 6 7
     rotates channel i with channel i + d/2.                                          └────────┘  one pair"""
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = widen(x).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
@@ -174,7 +179,7 @@ class VisionTransformer(nn.Module):
         self.ln = nn.LayerNorm(cfg.hidden_size, LAYER_NORM_EPS)
 
     def forward(self, patches: Tensor, grids: list[tuple]) -> Tensor:                      # (N, P) -> (N, C)
-        frequency = inv_freq(self.head_dim // 4, VISION_ROPE_THETA, patches.device)        # of rows and columns alike
+        frequency = inv_freq(self.head_dim // 4, VISION_ROPE_THETA, self.patch_embed.weight)   # of rows and of columns
         places = torch.cat([patch_coordinates(h, w).repeat(t, 1) for t, h, w in grids])    # (N, 2)
         angles = (places.to(patches.device)[:, None, :, None] * frequency).flatten(2)      # (N, 1, d/2)
         cos, sin = angles.cos(), angles.sin()
@@ -253,19 +258,20 @@ def vision_mask(ids: Tensor, cfg: Config) -> Tensor:                            
     return is_placeholder(ids, cfg) | torch.isin(ids, torch.tensor(markers))
 
 
-def rotary(positions: Tensor, cfg: TextConfig) -> tuple[Tensor, Tensor]:           # (3, T) -> (T, 1, d/2), (T, 1, d/2)
+def rotary(positions: Tensor, cfg: TextConfig, like: Tensor) -> tuple[Tensor, Tensor]:     # -> (T, 1, d/2), (T, 1, d/2)
     """cos and sin for all layers and heads. Which axis a rotary pair follows is data (0, 1, 2 = t, h, w): the fast ones
-    alternate h w h w ..., the slow ones follow time. For text, where t = h = w, this is ordinary rotary embedding."""
+    alternate h w h w ..., the slow ones follow time. For text, where t = h = w, this is ordinary rotary embedding.
+    Device and precision are those of `like`, widened."""
     pairs_h, _, pairs_t = cfg.mrope_section                  # as many pairs for w as for h, so they alternate
     axis = [1, 2] * pairs_h + [0] * pairs_t                  # 22 x (h, w), then 20 x t in the released models
-    angles = positions[axis].T[:, None].float() * inv_freq(len(axis), cfg.rope_theta, positions.device)    # (T, 1, d/2)
+    angles = positions[axis].T[:, None] * inv_freq(len(axis), cfg.rope_theta, like)        # (T, 1, d/2)
     return angles.cos(), angles.sin()
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:                           # (T, H, d) -> (T, H, d)
     """Rotary embedding of the decoder, in the interleaved (GPT-J) layout:             0 1 | 2 3 | 4 5 | 6 7
     rotates channel 2i with channel 2i + 1.                                            └─┘  one pair"""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = widen(x).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).type_as(x)
 
 
@@ -276,7 +282,7 @@ class RMSNorm(nn.Module):
         self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:                                                # (T, D) -> (T, D)
-        y = x.float()                        # a mean of D squares loses digits in bf16
+        y = widen(x)                         # a mean of D squares loses digits in bf16
         return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
@@ -352,12 +358,12 @@ class Router(nn.Module):
 
     def __init__(self, cfg: TextConfig):
         super().__init__()
-        self.k = cfg.moe_k
+        self.k, self.softmax = cfg.moe_k, nn.Softmax(-1)
         self.weight = nn.Parameter(torch.empty(cfg.moe_num_experts, cfg.hidden_size))      # the loader fills it
         self.e_score_correction_bias = nn.Parameter(torch.zeros(cfg.moe_num_experts), requires_grad=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:                                 # (T, D) -> (T, K), (T, K)
-        scores = F.linear(x.float(), self.weight.float()).softmax(-1)                      # (T, E)
+        scores = self.softmax(F.linear(widen(x), widen(self.weight)))                      # (T, E)
         chosen = (scores + self.e_score_correction_bias).topk(self.k).indices          # (T, K)  the bias votes ...
         weights = scores.gather(-1, chosen)                                            # (T, K)  ... but has no weight
         return (weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)).type_as(x), chosen
@@ -452,7 +458,7 @@ class ErnieVL(nn.Module):
         """Logits of every token, (T, V), or of the last one alone, (1, V). A cache, one KVCache a layer, is extended in
         place; `inputs` are then the tokens that follow what it holds, with positions that go on counting."""
         x = self.embed(inputs)                                                             # (T, D)
-        cos, sin = rotary(inputs.positions, self.cfg.text)                                 # (T, 1, d/2), (T, 1, d/2)
+        cos, sin = rotary(inputs.positions, self.cfg.text, x)                              # (T, 1, d/2), (T, 1, d/2)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, inputs.is_vision, cache and cache[i])                   # (T, D)
         return self.lm_head(self.norm(x[-1:] if only_last else x))                         # (T, V), or (1, V)

@@ -369,9 +369,9 @@ def read_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 
 def wanted_dtype(name: str, parameter: Tensor, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    """Routers and their biases are fp32 whatever is stored, as in training. What a stage has given a dtype of its own
-    keeps it. fp16 would overflow."""
-    if "_moe.gate." in name or parameter.dtype != torch.float32:
+    """Routers and their biases are fp32 whatever is stored, as in training, or fp64 in an fp64 model. What a stage has
+    given a dtype of its own keeps it. fp16 would overflow."""
+    if "_moe.gate." in name and asked != torch.float64 or parameter.dtype != torch.float32:
         return parameter.dtype
     return asked or {torch.float16: torch.float32}.get(stored, stored)
 

@@ -43,7 +43,7 @@ CORE = (  # flag, how argparse reads it, help
     ("--system", TEXT, "a system message before the question"),
     ("--model", dict(metavar="FOLDER", default=str(HERE / "tiny")), "or a hub id in the local cache (default: tiny/)"),
     ("--device", dict(choices=("auto", "cpu", "cuda", "mps"), default="auto"), "auto takes cuda, then mps, then cpu"),
-    ("--dtype", dict(choices=("auto", "float32", "bfloat16"), default="auto"), "auto is as stored (fp16: float32)"),
+    ("--dtype", dict(choices=("auto", "float32", "bfloat16", "float64"), default="auto"), "auto is as it is stored"),
     ("--think", dict(action=BooleanOptionalAction), "reason first or not (default: as it was trained)"),
     ("--show-thinking", ON, "print the reasoning too when the output is no terminal"),
     ("--max-pixels", number(int, 784, name="784 or more: 28 x 28 a token"), "resize to at most N pixels: fewer tokens"),
@@ -54,6 +54,7 @@ CORE = (  # flag, how argparse reads it, help
     ("--repetition-penalty", number(float, 0.01, 1.0), "above 1, repeats become less likely"),
     ("--seed", number(int, 0), "the same seed gives the same answer (default: another each time)"),
     ("--save-logits", FILE, "do not answer: write inputs and all logits of the prompt, to check other code against"),
+    ("--stages", ON, "and with them every stage before (reference/README.md)"),
 )
 EXTRAS = (  # flag, file in extras/, how argparse reads it, help
     ("--video", "video", MEDIA | dict(type=lambda file: ("video", file)), "an animation, folder of frames, or film"),
@@ -86,6 +87,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     args = parser.parse_intermixed_args(argv)
     for word in args.words:
         sort_word(word, args, parser)
+    args.stages and not args.save_logits and parser.error("--stages needs --save-logits FILE, where it writes them")
     conversation = args.chat or args.messages or args.batch
     if args.prompt == "-" or args.prompt is None and not args.media and not conversation:
         readable = sys.stdin and (args.prompt == "-" or not sys.stdin.isatty())
@@ -106,8 +108,8 @@ def sort_word(word: str, args: Namespace, parser: ArgumentParser) -> None:
         args.prompt = word
 
 
-def has_extra(name: str) -> bool:
-    return (HERE / "extras" / f"{name}.py").is_file()
+def has_extra(name: str, room: str = "extras") -> bool:
+    return (HERE / room / f"{name}.py").is_file()
 
 
 if __name__ == "__main__":      # --help and wrong options are answered at once, not after the second that torch takes
@@ -130,10 +132,10 @@ except ModuleNotFoundError as missing:
 
 
 # ------------------------------------------------------------------------------------------------------- small parts
-def extra(name: str):
+def extra(name: str, room: str = "extras"):
     """The module extras/NAME.py. Raises InputError where it is not there."""
-    require(has_extra(name), f"this needs extras/{name}.py, which is not here")
-    return importlib.import_module(f"extras.{name}")
+    require(has_extra(name, room), f"this needs {room}/{name}.py, which is not here")
+    return importlib.import_module(f"{room}.{name}")
 
 
 def log(line: str = "", redraw: bool = False) -> None:
@@ -201,7 +203,7 @@ def pick_device(asked: str) -> str:
 def load_model(args: Namespace, folder: Path, device: str) -> ErnieVL:
     """Here and in `run` stands what is used of extras/ without a flag: for a quantised folder, under torchrun, and
     where they are there, what tells of memory and progress, and what suits a CPU."""
-    start, dtype = time.perf_counter(), {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(args.dtype)
+    start, dtype = time.perf_counter(), getattr(torch, args.dtype, None)      # "auto" is none of torch's
     quantized = read_json(folder / "config.json").get("quantization_config")
     checkpoint = extra("quantize").open_quantized(folder) if quantized else open_checkpoint(folder)
     stages = [stage() for wanted, stage in (
@@ -245,7 +247,7 @@ def run(args: Namespace) -> None:
     model = load_model(args, folder, device)
     inputs = model.prepare(*prompt)
     if args.save_logits:
-        return save_logits(model, inputs, args.save_logits)
+        return (extra("stages", "reference").save if args.stages else save_logits)(model, inputs, args.save_logits)
     parser, printer = ReplyParser(tokenizer.begins_thinking(prompt.ids)), Printer(args.show_thinking)
     choose, times = choice(args, tokenizer, model, prompt.ids), [time.perf_counter()]
 

@@ -1,7 +1,8 @@
 """What a checkpoint folder holds, whether it is complete, and whether it fits into memory.
 
     python -m extras.check FOLDER        config.json and the index are enough for the names, before 59 GB are downloaded
-                                         exit code 2: a tensor is missing, unexpected, or of another shape or dtype
+                                         exit code 2: a tensor is missing, unexpected, or of another shape or dtype, or
+                                         files are damaged or of different models; other differences are only shown
 """
 import argparse
 import contextlib
@@ -20,6 +21,8 @@ from ernie_vl import ErnieVL, InputError, read_json
 from extras.quantize import KINDS, QuantizedLinear, build_quantized, quantize_layers
 from load_weights import (DTYPES, FAMILIES, Checkpoint, SkipInit, TensorInfo, build_model, by_canonical_name,
                           find_folder, match_tensors, read_header, read_index, wanted_dtype)
+
+RELEASED = "BF16"      # what a tensor counts as whose file is not here
 
 
 # ------------------------------------------------------------------------------------------------------ memory
@@ -55,7 +58,7 @@ def needs(checkpoint: Checkpoint, model: ErnieVL, device: str, dtype: torch.dtyp
     bytes_of = {False: 0, True: 0}
     for name, parameter in model.named_parameters():
         source = checkpoint.sources.get(name)      # none for a scale that is made while loading
-        stored = DTYPES[source.info.dtype] if source else None
+        stored = DTYPES[source.info.dtype or RELEASED] if source else None
         wanted = wanted_dtype(name, parameter, stored, dtype)
         copied = "_moe.experts." in name if compile else wanted == torch.uint8
         bytes_of[device == "cpu" and wanted == stored and not copied] += parameter.numel() * wanted.itemsize
@@ -64,20 +67,26 @@ def needs(checkpoint: Checkpoint, model: ErnieVL, device: str, dtype: torch.dtyp
 
 def bytes_of_a_token(checkpoint: Checkpoint, model: ErnieVL, dtype: torch.dtype | None) -> int:
     """Its keys and values in all layers, which have the dtype of the norms."""
-    text, stored = model.cfg.text, DTYPES[checkpoint.sources["norm.weight"].info.dtype]
+    text, stored = model.cfg.text, DTYPES[checkpoint.sources["norm.weight"].info.dtype or RELEASED]
     dtype = wanted_dtype("norm.weight", model.norm.weight, stored, dtype)
     return 2 * len(model.layers) * text.num_key_value_heads * text.head_dim * dtype.itemsize
 
 
 def suggestion(checkpoint: Checkpoint, model: ErnieVL, device: str, dtype: torch.dtype | None, free: int) -> str:
     """What would fit; torch computes the sizes on meta tensors."""
-    for kind in () if checkpoint.config.get("quantization_config") else KINDS:
-        with torch.device("meta"), SkipInit(), contextlib.suppress(InputError):      # where int4 divides no rows
-            smaller = ErnieVL(model.cfg)      # of several processes, this one's shard
-            quantize_layers(smaller, kind)
-            if needs(checkpoint, smaller, device, dtype)[0] <= free:
-                return f"--quantize {kind} would fit"
+    for kind, smaller in quantized_models(checkpoint, model):
+        if needs(checkpoint, smaller, device, dtype)[0] <= free:
+            return f"--quantize {kind} would fit"
     return "it needs a machine with more memory" if device == "cpu" else "--device cpu maps it from disk, but is slow"
+
+
+def quantized_models(checkpoint: Checkpoint, model: ErnieVL) -> Iterator[tuple[str, ErnieVL]]:
+    for kind in () if checkpoint.config.get("quantization_config") else KINDS:
+        with contextlib.suppress(InputError):      # where int4 divides no rows
+            with torch.device("meta"), SkipInit():
+                smaller = ErnieVL(model.cfg)      # of several processes, this one's shard
+            quantize_layers(smaller, kind)
+            yield kind, smaller
 
 
 def free_memory(device: str) -> int:
@@ -156,6 +165,20 @@ def summary(checkpoint: Checkpoint) -> str:
     return "\n".join(f"{name:11s} {row}" for name, row in rows.items())
 
 
+def memory_table(checkpoint: Checkpoint) -> Iterator[str]:
+    """A line for each precision: what the weights take on either device, and a token of context."""
+    if checkpoint.missing_keys or checkpoint.mismatched:
+        yield "memory      not known while tensors are missing or mismatched"
+        return
+    kinds = [("as stored", checkpoint.model, None), ("bfloat16", checkpoint.model, torch.bfloat16)]
+    kinds += [(kind, smaller, None) for kind, smaller in quantized_models(checkpoint, checkpoint.model)]
+    for kind, model, dtype in kinds:
+        (cuda, _), (own, mapped) = (needs(checkpoint, model, device, dtype) for device in ("cuda", "cpu"))
+        token = size(bytes_of_a_token(checkpoint, model, dtype))
+        yield f"memory      {kind:9s} {size(cuda)} on cuda, {size(own)} and {size(mapped)} mapped from disk on cpu; " \
+              f"{token} a token of context"
+
+
 def parameters(model: ErnieVL) -> int:
     """Their number, where those of quantised layers count as what they stand for."""
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -170,9 +193,12 @@ def main() -> int:
     parser.error = lambda message: parser.exit(2, f"error: {message} (python -m extras.check --help)\n")
     args = parser.parse_args()
     try:
+        from extras.selfcheck import self_check      # not at the top: run.py needs none of it
         checkpoint = inspect(find_folder(args.folder))
         found = problems(checkpoint)
-        print("\n".join([summary(checkpoint), *found]), flush=True)
+        print("\n".join([summary(checkpoint), *found, *memory_table(checkpoint)]), flush=True)
+        for line in self_check(checkpoint.folder, checkpoint.model.cfg):
+            print(line)
     except KeyboardInterrupt:
         return 130
     except (InputError, OSError, SafetensorError) as error:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ernie_vl import Attention, ErnieVL, Experts, Inputs, KVCache, rotary, rotate_pairs
+from ernie_vl import Attention, ErnieVL, Experts, Inputs, KVCache, require, rotary, rotate_pairs
 from extras.quantize import QuantizedLinear, one_row
 
 SMALLEST_WINDOW = 256      # tokens
@@ -80,8 +80,9 @@ class CompiledErnieVL(nn.Module):
             return self.model(inputs, cache, only_last)
         place = cache[0].length
         open_windows(cache, place)
-        logits = self.run_step(self.model, inputs.ids, *rotary(inputs.positions, self.cfg.text),
-                               inputs.ids.new_tensor([place]), [kv.buffer for kv in cache])
+        cos, sin = rotary(inputs.positions, self.cfg.text, self.model.embed_tokens.weight)
+        logits = self.run_step(self.model, inputs.ids, cos, sin, inputs.ids.new_tensor([place]),
+                               [kv.buffer for kv in cache])
         for kv in cache:
             kv.length = place + 1
         return logits
@@ -112,6 +113,7 @@ def open_windows(cache: list[KVCache], place: int) -> None:
 
 def compile_model(model: ErnieVL, log: Callable[[str], None] = print) -> CompiledErnieVL:
     """Stacks the experts of a loaded model, which keeps all of them in memory, and compiles its step by making one."""
+    require(model.norm.weight.dtype != torch.float64, "grouped products have no fp64: leave --compile or --dtype out")
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
             model.set_submodule(name, GroupedExperts(module))

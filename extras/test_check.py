@@ -125,6 +125,31 @@ def test_the_28b_needs_what_the_readme_says(tmp_path, kind, needed):
     assert kind or (own, mapped) == ("35.4 MB", "58.8 GB")
 
 
+def table(checkpoint: Checkpoint) -> dict[str, str]:
+    return {line.split()[1]: line for line in check.memory_table(checkpoint)}
+
+
+def test_memory_by_precision_and_device(tmp_path):
+    """As it is announced before loading. What is quantised already cannot be once more."""
+    rows, checkpoint = table(inspect(TINY)), open_checkpoint(TINY)
+    assert list(rows) == ["as", "bfloat16", "int8", "int4"]
+    assert "7.6 MB on cuda, 7.6 MB and 0.0 kB mapped from disk on cpu; 2.0 kB a token" in rows["as"]
+    assert " 1.0 kB a token" in rows["bfloat16"]
+    bf16 = needs(checkpoint, checkpoint.model, "cpu", torch.bfloat16)
+    assert bf16[1] == 0 and f"{check.size(bf16[0])} and 0.0 kB mapped" in rows["bfloat16"] and "4.3 MB on cuda" in rows["int8"]
+    quantize.save_quantized(TINY, "int8", tmp_path / "small")
+    rows = table(inspect(tmp_path / "small"))
+    assert list(rows) == ["as", "bfloat16"] and "0.0 kB mapped" not in rows["as"]
+
+
+def test_memory_is_not_known_while_tensors_are_missing(tmp_path):
+    """Nor in int4 where that does not divide the rows."""
+    tensors = ref.hub_tensors(SMALL)
+    assert list(table(inspect(fixtures.write_folder(tmp_path, tensors, ref.config(SMALL))))) == ["as", "bfloat16", "int8"]
+    tensors.pop("model.norm.weight")
+    assert list(table(inspect(fixtures.write_folder(tmp_path, tensors, ref.config(SMALL))))) == ["not"]
+
+
 @pytest.mark.parametrize("args, ways", [
     (dict(), ["--quantize int4", "a shorter prompt"]),
     (dict(media=[("image", "x")], quantize="int4", dtype="float32"), ["--max-pixels", "--dtype bfloat16", "a shorter prompt"]),
@@ -148,7 +173,8 @@ def test_config_and_index_are_enough_for_the_names(run_check, tmp_path):
     code, out, err = run_check(tmp_path)
     assert code == 0 and err == ""
     for fact in ("29,399,294,336", "1 dense, 27 sparse", "0 of 12 here", "11,105 stored", "0 missing, 0 unexpected",
-                 "not known yet"):
+                 "not known yet", "as stored 58.8 GB on cuda, 35.4 MB and 58.8 GB mapped from disk on cpu", "int8      30.5 GB",
+                 "int4      17.2 GB", "57.3 kB a token", "tokenizer.model is not here"):
         assert fact in out, out
 
 

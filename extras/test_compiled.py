@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ernie_vl import ErnieVL, Experts, KVCache
+from ernie_vl import ErnieVL, Experts, InputError, KVCache
 from extras import quantize
 from extras.compiled import CompiledErnieVL, GroupedExperts, compile_model, open_windows
 from extras.conftest import EXAMPLE, ROOT, TINY
@@ -124,6 +124,11 @@ def test_a_compiled_model_is_a_wrapper(monkeypatch):
         assert len(passes) == calls and cache[0].length == mine[0].length
         passes.clear()
     assert distance(compiled(plain.prepare([5])), plain(plain.prepare([5]))) < 1e-4 and passes == [1]
+
+
+def test_an_fp64_model_is_refused():
+    with pytest.raises(InputError, match="no fp64"):
+        compile_model(load(TINY, dtype=torch.float64))
 
 
 def test_without_a_compiler_it_goes_on_without_after_a_sentence(tmp_path):

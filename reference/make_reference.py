@@ -1,9 +1,21 @@
-"""Writes reference.safetensors: what transformers computes, stage by stage, on the models of small_model.py.
+"""Writes reference.safetensors: true values by stage, of the models and prompts of small_model.py.
 
     pip install transformers==5.23.0 && python reference/make_reference.py
 
+With --compare it writes nothing, and prints how far this project and transformers are from the truth.
+Truth is what the stored weights, the token ids and the fp32 patches give when transformers' own modules compute all
+in fp64, with the fp32 rotary frequencies of training. It is stored rounded to fp32, with a relative error below 2^-24.
+Names of tensors, with STAGE as in stage_names.py:
+
+    patches.MEDIUM                     of an image or a video, from transformers' image processor
+    MODEL.PROMPT.STAGE                 all stages of "mixed"; of the other prompts positions and logits
+    MODEL.PROMPT.STAGE.rms             (2,): root mean square distance of transformers' own fp32 and bf16 runs from it
+    MODEL.PROMPT.{positions, logits}.hf_5_23      with transformers' positions after a video, where they are others
+    MODEL.PROMPT.greedy                32 ids, with transformers' positions
+
 Beside the benchmark this is the only file that imports transformers.
 """
+import contextlib
 import importlib.metadata
 import itertools
 import sys
@@ -13,25 +25,47 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from load_weights import load                                                                    # noqa: E402
 from small_model import (GRIDS, IMAGE, IMAGE_END, IMAGE_START, MEDIA, MODELS, PROMPTS, VIDEO,      # noqa: E402
-                         VIDEO_END, VIDEO_START, answer, distance, image, prepared, prompt_ids, prompt_patches,
-                         watch, write_checkpoint)
+                         Shapes, VIDEO_END, VIDEO_START, answer, distance, image, prepared, prompt_ids, prompt_patches,
+                         rms, write_checkpoint)
+from stage_names import ROUTER, by_token, names_of, our_stages                                     # noqa: E402
 from tokenizer import Tokenizer, encode_chat, load_image, patchify, pixel_budget                   # noqa: E402
 
 TRANSFORMERS = "5.23.0"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 RULES = ("official", "hf_5_23")      # of positions after a video: Baidu's own, and `small_model.hf_positions`
+OTHER = ("clip", "mixed")            # the prompts in which these differ
 
 
 # --------------------------------------------------------------------------------------------- transformers' side
+class Wide(TorchFunctionMode):
+    """fp64 wherever transformers' code asks for fp32: in its `.float()` calls, and in casts, softmaxes and new tensors
+    of which the dtype is fp32."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        wide = lambda value: torch.float64 if value is torch.float32 else value
+        function = torch.Tensor.double if function is torch.Tensor.float else function
+        return function(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
+
+
+def in_precision(model):
+    """To run transformers' model in: an fp64 one stays in fp64 throughout."""
+    return Wide() if model.dtype == torch.float64 else contextlib.nullcontext()
+
+
 def their_model(folder: Path, dtype: torch.dtype = torch.float32):
+    """In fp64 it is loaded in fp32 first, as rotary frequencies have to be computed in fp32."""
     from transformers import Ernie4_5_VLMoeForConditionalGeneration
-    return Ernie4_5_VLMoeForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager").eval()
+    loaded = torch.float32 if dtype == torch.float64 else dtype
+    model = Ernie4_5_VLMoeForConditionalGeneration.from_pretrained(
+        folder, dtype=loaded, attn_implementation="eager", experts_implementation="eager").eval()
+    return model.double() if dtype == torch.float64 else model
 
 
 def their_patches(images: list[Image.Image], **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,14 +92,17 @@ def their_inputs(ids: list[int], patches: list[torch.Tensor], grids: list[tuple]
 @torch.no_grad()
 def their_logits(model, inputs: dict, position_ids: torch.Tensor | None = None) -> torch.Tensor:      # -> (T, V)
     model.model.rope_deltas = None                       # it would remember the last call's
-    return model(**inputs, **({} if position_ids is None else {"position_ids": position_ids[:, None]})).logits[0]
+    given = {} if position_ids is None else {"position_ids": position_ids[:, None]}
+    with in_precision(model):
+        return model(**inputs, **given).logits[0]
 
 
 @torch.no_grad()
 def their_greedy(model, inputs: dict, tokens: int = 32) -> torch.Tensor:
     model.model.rope_deltas = None
     never = model.config.text_config.vocab_size          # nothing stops it, and no id is suppressed
-    out = model.generate(**inputs, do_sample=False, max_new_tokens=tokens, pad_token_id=0, eos_token_id=never)
+    with in_precision(model):
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=tokens, pad_token_id=0, eos_token_id=never)
     return out[0, inputs["input_ids"].shape[1]:]
 
 
@@ -98,31 +135,67 @@ def official_positions(ids: list[int], grids: list[tuple]) -> torch.Tensor:     
     return torch.tensor(out).T
 
 
-def in_prompt_order(images: torch.Tensor, videos: torch.Tensor, grids: list[tuple], rows) -> torch.Tensor:
-    """They run images and videos apart. rows(grid): how many rows it has here."""
-    of_images = iter(images.split([rows(grid) for grid in grids if grid[0] == 1]))
-    of_videos = iter(videos.split([rows(grid) for grid in grids if grid[0] > 1]))
-    return torch.cat([next(of_images if grid[0] == 1 else of_videos) for grid in grids])
+def in_prompt_order(calls: list[torch.Tensor], grids: list[tuple], merge: int, pair: int) -> torch.Tensor:
+    """They run all images, and then all videos. merge: how many patches became one row here; pair: how many frames of a
+    video did."""
+    order = sorted(range(len(grids)), key=lambda i: grids[i][0] > 1)
+    rows = [grids[i][0] * grids[i][1] * grids[i][2] // merge // (pair if grids[i][0] > 1 else 1) for i in order]
+    parts = dict(zip(order, torch.cat(calls).split(rows)))
+    return torch.cat([parts[i] for i in range(len(grids))])
 
 
-def their_stages(model, inputs: dict, grids: list[tuple], layers: tuple[str, ...], positions) -> dict:
-    decoder, sparse = "model.language_model.layers", [l for l, kind in enumerate(layers) if kind == "sparse"]
-    watched = {"vit": "model.vision_tower", "resampler": "model.resampler_model"}
-    watched |= {f"layer.{l}": f"{decoder}.{l}" for l in (layers.index("dense"), layers.index("sparse"))}
-    for kind in ("text", "vision"):
-        watched |= {f"router.{l}.{kind}": f"{decoder}.{l}.mlp.{kind}_moe.gate" for l in sparse}
-    seen = watch(model, watched)
-    their_logits(model, inputs, positions)
-    patches = lambda grid: grid[0] * grid[1] * grid[2]
-    stages = {"vit": in_prompt_order(*(out.last_hidden_state for out in seen["vit"]), grids, patches),
-              "resampler": in_prompt_order(*seen["resampler"], grids, lambda g: patches(g) // (8 if g[0] > 1 else 4))}
-    for key in watched:
-        if key.startswith("layer"):
-            stages[key] = seen[key][0][0]
-        if key.startswith("router"):
-            _, stages[f"{key}.weights"], chosen = seen[key][0]
-            stages[f"{key}.chosen"] = chosen.to(torch.int16)
-    return stages
+def vision_modules(depth: int) -> dict[str, tuple]:
+    """Stage -> (transformers' module, how many patches become one row, how many frames of a video do)."""
+    out = {f"vit.block.{number}": (f"model.vision_tower.blocks.{number}", 1, 1) for number in (0, depth - 1)}
+    out["vit"] = ("model.vision_tower.ln", 1, 1)
+    merges = {"spatial": ("spatial_linear", 4, 1), "temporal": ("temporal_linear", 4, 2), "mlp": ("mlp", 4, 2),
+              "after_norm": ("after_norm", 4, 2)}
+    return out | {f"resampler.{stage}": (f"model.resampler_model.{at}", *rows) for stage, (at, *rows) in merges.items()}
+
+
+def text_modules(layers: int) -> dict[str, str]:
+    """Stage -> transformers' module whose output it is."""
+    decoder = "model.language_model"
+    out = {f"layer.{l}.attention": f"{decoder}.layers.{l}.self_attn" for l in range(layers)}
+    out |= {f"layer.{l}.output": f"{decoder}.layers.{l}" for l in range(layers)}
+    return out | {"norm": f"{decoder}.norm", "logits": "lm_head"}
+
+
+def their_stages(model, inputs: dict, grids: list[tuple], positions=None) -> dict[str, torch.Tensor]:
+    """Every stage of a pass by the names of stage_names.py, but for the patches, which are given."""
+    config, kinds = model.config, model.config.text_config.mlp_layer_types
+    depth = config.vision_config.depth if grids else 0
+    vision, text = vision_modules(depth) if grids else {}, text_modules(len(kinds))
+    seen, module, first = {}, model.get_submodule, lambda out: out[0] if isinstance(out, tuple) else out
+    remember = lambda stage: lambda module, given, out: seen.setdefault(stage, []).append(first(out).clone())
+    is_vision = inputs["moe_mm_token_type_ids"][0].bool()
+    positions = their_positions(model, inputs) if positions is None else positions
+    with contextlib.ExitStack() as hooks:
+        for stage, path in (text | {stage: path for stage, (path, *_) in vision.items()}).items():
+            hooks.enter_context(module(path).register_forward_hook(remember(stage)))
+        hooks.enter_context(module("model.language_model.layers.0").register_forward_pre_hook(
+            lambda module, given: seen.update(embedding=[given[0].clone()])))
+        routers = {l: watch_routers(module(f"model.language_model.layers.{l}.mlp"), hooks)
+                   for l, kind in enumerate(kinds) if kind == "sparse"}
+        their_logits(model, inputs, positions)
+    out = {stage: in_prompt_order(seen[stage], grids, *rows) for stage, (_, *rows) in vision.items()}
+    out |= {stage: seen[stage][0][0] for stage in ("embedding", *text)}
+    out |= {"positions": positions, "is_vision": is_vision}
+    for l, calls in routers.items():
+        out |= {f"layer.{l}.router.{part}": rows for part, rows in zip(ROUTER, by_token(calls, is_vision))}
+    return {stage: out[stage] for stage in names_of(depth, kinds) if stage != "patches"}
+
+
+def watch_routers(moe, hooks: contextlib.ExitStack) -> list:
+    """A list to which each call of a router of this layer appends (probabilities, chosen, weights). Their probabilities
+    are what is given to the module that adds the bias."""
+    calls, of_call = [], {}
+    for gate in (moe.text_moe.gate, moe.vision_moe.gate):
+        hooks.enter_context(gate.moe_statics.register_forward_pre_hook(
+            lambda module, given: of_call.update(p=given[0].clone())))
+        hooks.enter_context(gate.register_forward_hook(
+            lambda module, given, out: calls.append((of_call.pop("p"), out[2], out[1]))))
+    return calls
 
 
 # ---------------------------------------------------------------------------- live comparisons, for the core's tests
@@ -141,36 +214,80 @@ def compare_patches() -> dict[str, float]:
     return {"patches": furthest, "other grids": others}
 
 
+OTHERS = {  # checkpoints that are like none of MODELS; the last one is untied, without shared experts
+    "6 heads on 1": Shapes(tie=True, layers=("dense", "sparse", "sparse"), shared=1, experts=10, k=2, hidden=120,
+                           heads=6, kv_heads=1, dense=200, vit_depth=3),
+    "24 experts": Shapes(tie=True, layers=("dense", "sparse", "sparse", "sparse"), shared=2, experts=24, k=6,
+                         hidden=160, widths=(20, 10), vocab=90, vit_width=64, vit_heads=2),
+    "two dense layers": Shapes(tie=False, layers=("dense", "dense", "sparse", "sparse"), shared=0, experts=8, k=4,
+                               hidden=128, heads=8, widths=(40, 18), vit_depth=1),
+}
+
+
+def both_models(folder: Path) -> tuple[dict, dict]:
+    """(ours, transformers'), each by dtype."""
+    ours = {dtype: load(folder, dtype=dtype) for dtype in DTYPES}
+    return ours, {dtype: their_model(folder, dtype) for dtype in DTYPES}
+
+
+def one_pass(ours: dict, theirs: dict, inputs, given: dict, positions=None) -> tuple:
+    """(the greatest difference in fp64 over all stages; errors of the logits: (fp32, bf16), (ours, theirs), T, V)"""
+    wide = our_stages(ours[torch.float64], inputs)
+    truth = their_stages(theirs[torch.float64], given, inputs.grids, positions)
+    logits = [(ours[dtype](inputs), their_logits(theirs[dtype], given, positions)) for dtype in DTYPES[1:]]
+    errors = torch.stack([torch.stack(pair).double() - truth["logits"] for pair in logits])
+    return max(distance(wide[stage], truth[stage]) for stage in truth), errors
+
+
+def judge(passes: list[tuple], others: int) -> dict[str, float]:
+    """Over all passes of a checkpoint: the greatest difference in fp64; in fp32 and bf16 the rms distance of our logits
+    from the truth over that of transformers'. For the few tokens of one prompt this ratio would be a matter of luck."""
+    differences, errors = zip(*passes)
+    pairs = dict(zip(("fp32", "bf16"), torch.cat(errors, dim=2).square().mean((2, 3)).sqrt().tolist()))
+    columns = [f"{name}: ours {a:.3g}, transformers' {b:.3g}, ratio {a / b:.3f}" for name, (a, b) in pairs.items()]
+    print(f"  fp64: {max(differences):.1e}", *columns, sep="; ")
+    ratios = {name: a / b for name, (a, b) in pairs.items()}
+    return {"fp64": max(differences), "other greedy answers": others} | ratios
+
+
 def compare_small(folder: Path) -> dict[str, float]:
-    """One of the small models on both sides: the greatest difference of logits, how many of the greedy answers differ,
-    and our mean error in bf16 in parts of theirs, over all prompts, since routing can flip there."""
-    ours, theirs = load(folder), their_model(folder)
-    ours_bf16, theirs_bf16 = load(folder, dtype=torch.bfloat16), their_model(folder, torch.bfloat16)
-    furthest, others, errors = 0.0, 0, torch.zeros(2)
+    """Both implementations on a checkpoint with the fixtures' token ids, over all prompts."""
+    (ours, theirs), passes, others = both_models(folder), [], 0
     for prompt in PROMPTS:
-        for rule in RULES:
-            inputs = prepared(ours, prompt, rule)
+        for rule in RULES[: 1 + (prompt in OTHER)]:
+            inputs = prepared(ours[torch.float64], prompt, rule)
             given = their_inputs(inputs.ids.tolist(), prompt_patches(prompt), inputs.grids)
-            exact = their_logits(theirs, given, inputs.positions if rule == "official" else None)
-            furthest = max(furthest, distance(ours(inputs), exact))
-        others += answer(ours, inputs, max_new_tokens=32)[0] != their_greedy(theirs, given).tolist()
-        errors += (torch.stack((ours_bf16(inputs), their_logits(theirs_bf16, given))) - exact).abs().mean((1, 2))
-    return {"logits": furthest, "other greedy answers": others, "bf16 error": float(errors[0] / errors[1])}
+            passes.append(one_pass(ours, theirs, inputs, given, inputs.positions if rule == "official" else None))
+        expected = their_greedy(theirs[torch.float64], given).tolist()
+        others += sum(answer(ours[dtype], inputs, max_new_tokens=32)[0] != expected for dtype in DTYPES[:2])
+    return judge(passes, others)
+
+
+def compare_models(root: Path) -> dict[str, dict[str, float]]:
+    """`compare_small` of the small models and of OTHERS."""
+    found = {}
+    for name, shapes in (MODELS | OTHERS).items():
+        print(name, end=":")
+        found[name] = compare_small(write_checkpoint(shapes, root / name))
+    return found
 
 
 def compare_tiny() -> dict[str, float]:
     """The bundled checkpoint, which transformers opens too, about an image."""
     folder, tokenizer = HERE.parent / "tiny", Tokenizer(HERE.parent / "tiny")
-    ours, theirs, media = load(folder), their_model(folder), load_image(HERE.parent / "examples" / "shapes.png", folder)
-    inputs = ours.prepare(*encode_chat(tokenizer, [{"role": "user", "content": ["Describe this image.", media]}]))
+    (ours, theirs), media = both_models(folder), load_image(HERE.parent / "examples" / "shapes.png", folder)
+    conversation, cfg = [{"role": "user", "content": ["Describe this image.", media]}], ours[torch.float64].cfg
+    inputs = ours[torch.float64].prepare(*encode_chat(tokenizer, conversation))
     ids, budget = inputs.ids[None], dict(zip(("shortest_edge", "longest_edge"), pixel_budget(folder, "image")))
     patches, grids = their_patches([media.image], size=budget)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": patches, "image_grid_thw": grids,
-             "moe_mm_token_type_ids": inputs.is_vision[None].long(),
-             "mm_token_type_ids": (ids == ours.cfg.image_token_id).long()}
-    others = answer(ours, inputs)[0] != their_greedy(theirs, given, 12).tolist()
-    return {"logits of tiny": distance(ours(inputs), their_logits(theirs, given)), "other greedy answers": others,
-            "patches": distance(inputs.patches, patches), "other grids": grids.tolist() != [list(media.grid)]}
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": inputs.patches,
+             "image_grid_thw": grids, "moe_mm_token_type_ids": inputs.is_vision[None].long(),
+             "mm_token_type_ids": (ids == cfg.image_token_id).long()}
+    expected = their_greedy(theirs[torch.float64], given, 12).tolist()
+    others = sum(answer(ours[dtype], inputs)[0] != expected for dtype in DTYPES[:2])
+    print("tiny", end=":")
+    return judge([one_pass(ours, theirs, inputs, given)], others) | {
+        "patches": distance(inputs.patches, patches), "other grids": grids.tolist() != [list(media.grid)]}
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -179,21 +296,31 @@ def compute(root: Path) -> dict[str, torch.Tensor]:
     out = {f"patches.{medium}": rows for medium, rows in patches.items()}
     for name, shapes in MODELS.items():
         folder = write_checkpoint(shapes, root / name)
-        model = their_model(folder)
+        models = [their_model(folder, dtype) for dtype in DTYPES]
         for prompt in PROMPTS:
             ids, media = prompt_ids(prompt)
-            grids = [GRIDS[medium] for medium in media]
+            grids, at = [GRIDS[medium] for medium in media], f"{name}.{prompt}"
             inputs = their_inputs(ids, [patches[medium] for medium in media], grids)
-            positions = {"official": official_positions(ids, grids), "hf_5_23": their_positions(model, inputs)}
-            for rule in RULES:
-                out[f"{name}.{prompt}.positions.{rule}"] = positions[rule].to(torch.int16)
-            out[f"{name}.{prompt}.logits.official"] = their_logits(model, inputs, positions["official"])
-            out[f"{name}.{prompt}.logits.hf_5_23"] = their_logits(model, inputs)
-            out[f"{name}.{prompt}.greedy"] = their_greedy(model, inputs).to(torch.int16)
-            if prompt == "mixed":
-                stages = their_stages(their_model(folder), inputs, grids, shapes.layers, positions["official"])
-                out |= {f"{name}.mixed.{stage}": tensor for stage, tensor in stages.items()}
+            runs = [their_stages(model, inputs, grids, official_positions(ids, grids)) for model in models]
+            kept = [stage for stage in runs[0] if prompt == "mixed" or stage in ("positions", "logits")]
+            out |= with_distances({f"{at}.{stage}": [run[stage] for run in runs] for stage in kept})
+            if prompt in OTHER:
+                runs = [their_stages(model, inputs, grids) for model in models]
+                out |= with_distances({f"{at}.{stage}.hf_5_23": [run[stage] for run in runs]
+                                       for stage in ("positions", "logits")})
+            out[f"{at}.greedy"] = their_greedy(models[0], inputs).to(torch.int16)
     return {key: tensor.clone().contiguous() for key, tensor in out.items()}
+
+
+def with_distances(runs: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What is stored of the same stage in fp64, fp32 and bf16. Whole numbers become int16: all are small."""
+    out = {}
+    for key, (truth, *others) in runs.items():
+        stored = {torch.float64: torch.float32, torch.int64: torch.int16}.get(truth.dtype, truth.dtype)
+        out[key] = truth.to(stored)
+        if truth.is_floating_point():
+            out[f"{key}.rms"] = torch.tensor([rms(other, truth) for other in others])
+    return out
 
 
 def main() -> int:
@@ -210,6 +337,10 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)                             # the same sums in the same order, wherever it runs
     with tempfile.TemporaryDirectory() as root:
+        if sys.argv[1:] == ["--compare"]:
+            compare_models(Path(root))
+            compare_tiny()
+            return 0
         out = compute(Path(root))
     for group, keys in itertools.groupby(out, lambda key: ".".join(key.split(".")[:2])):
         sizes = [out[key].nbytes for key in keys]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ernie_vl import Config, ErnieVL, Inputs, KVCache, generate, greedy, is_placeholder, token_grid
+from stage_names import names_of
 
 HERE = Path(__file__).resolve().parent
 
@@ -205,8 +206,18 @@ def media_ids(grid: tuple) -> list[int]:
 
 # --------------------------------------------------------------------------------------- for tests and the reference
 def true_values() -> dict[str, Tensor]:
-    """What transformers computes, written by make_reference.py."""
+    """What transformers computes in fp64, written by make_reference.py, which says what the names mean."""
     return load_file(HERE / "reference.safetensors")
+
+
+def true_stages(name: str, prompt: str, end: str = "") -> dict[str, Tensor]:
+    """The true values of a prompt on a model by stage, in the order of computing: all of "mixed", otherwise few. With
+    end ".rms": how far transformers' own (fp32, bf16) runs are from each, as a root mean square."""
+    values, media = true_values(), prompt_ids(prompt)[1]
+    if media and not end:
+        values[f"{name}.{prompt}.patches"] = torch.cat([values[f"patches.{medium}"] for medium in media])
+    names = names_of(MODELS[name].vit_depth, MODELS[name].layers)
+    return {stage: values[key] for stage in names if (key := f"{name}.{prompt}.{stage}{end}") in values}
 
 
 def prompt_patches(name: str) -> list[Tensor]:
@@ -253,16 +264,6 @@ def answer(model: ErnieVL, inputs: Inputs, choose=greedy, stop=(), max_new_token
             return ids, end.value
 
 
-def stage_paths(layers: tuple[str, ...]) -> dict[str, str]:
-    """The stages of which reference.safetensors has true values, and our modules that compute them."""
-    sparse = [number for number, kind in enumerate(layers) if kind == "sparse"]
-    out = {"vit": "vision_model", "resampler": "resampler_model"}
-    out |= {f"layer.{l}": f"layers.{l}" for l in (0, sparse[0])}
-    for kind in ("text", "vision"):
-        out |= {f"router.{l}.{kind}": f"layers.{l}.mlp.{kind}_moe.gate" for l in sparse}
-    return out
-
-
 def watch(model: nn.Module, modules: dict[str, str]) -> dict[str, list]:
     """Forward hooks that append each module's output to its list in the dictionary that is returned."""
     seen = {key: [] for key in modules}
@@ -273,4 +274,16 @@ def watch(model: nn.Module, modules: dict[str, str]) -> dict[str, list]:
 
 def distance(a: Tensor, b: Tensor) -> float:
     assert a.shape == b.shape, (a.shape, b.shape)
-    return float((a.float() - b.float()).abs().max())
+    return float((a.double() - b.double()).abs().max())
+
+
+def is_true(found: Tensor, truth: Tensor) -> bool:
+    """Whether this is, in fp64, a stored true value. 2e-7 of the largest number is more than it loses in fp32; whole
+    numbers have to be equal."""
+    return found.shape == truth.shape and distance(found, truth) <= 2e-7 * float(truth.double().abs().max())
+
+
+def rms(a: Tensor, b: Tensor) -> float:
+    """Root mean square of the difference: unlike the greatest, hardly a matter of luck."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float((a.double() - b.double()).square().mean().sqrt())
