@@ -1,7 +1,6 @@
 """What is claimed of the core, as tests: python -m pytest -q test_ernie_vl.py. No network, no GPU, no transformers: what
 transformers computes lies in reference/reference.safetensors. Where transformers is installed, it is compared live."""
 import copy
-import dataclasses
 import inspect
 import io
 import itertools
@@ -302,10 +301,18 @@ def test_penalties_and_suppressed_ids(model):
     assert sampler(repetition_penalty=2.0, seen=[0])(torch.tensor([-1.0, -1.5])) == 1
 
 
+def test_an_answer_continues_behind_the_largest_position(model, monkeypatch):
+    positions = []
+    spy = lambda given, cfg: positions.append(given[:, -1].tolist()) or rotary(given, cfg)
+    monkeypatch.setattr(ernie_vl, "rotary", spy)
+    answer(model, model.prepare([1, 2, *SIX[:-1]], ROWS, [(1, 4, 6)]), max_new_tokens=3)      # it ends in an image
+    assert positions == [[3, 4, 5], [6] * 3, [7] * 3]
+
+
 def test_generation_says_why_it_ended_and_what_it_says_is_text(model):
     inputs, short, cache = prepared(model, "mixed"), copy.copy(model), new_cache(model)
-    text = dataclasses.replace(model.cfg.text, max_position_embeddings=len(inputs.ids) + 4)
-    short.cfg = dataclasses.replace(model.cfg, text=text)
+    text = model.cfg.text._replace(max_position_embeddings=len(inputs.ids) + 4)
+    short.cfg = model.cfg._replace(text=text)
     free, why = answer(model, inputs, max_new_tokens=8)
     assert len(free) == 8 and why == "length" and answer(model, inputs, max_new_tokens=0) == ([], "length")
     assert answer(model, inputs, stop=(free[5],)) == (free[: free.index(free[5])], "stop")
@@ -351,7 +358,7 @@ def test_all_spellings_of_a_checkpoint_are_the_same_model(models, tmp_path, name
     ("424b", {"moe_layer_start_index": 2, "tie_word_embeddings": ABSENT})])
 def test_flat_and_nested_configs_mean_the_same_and_no_field_is_overlooked(name, changes):
     flat = {key: value for key, value in fixtures.flat_config(ref.MODELS[name], **changes).items() if value is not ABSENT}
-    assert read_config(flat) == dataclasses.replace(read_config(ref.config(ref.MODELS[name])), video_token_id=ref.IMAGE)
+    assert read_config(flat) == read_config(ref.config(ref.MODELS[name]))._replace(video_token_id=ref.IMAGE)
     nested, text = ref.config(SMALL), ref.text_config(SMALL)
     for other in ({"moe_layer_interval": 2}, {"moe_layer_end_index": 1}):
         assert read_config(fixtures.flat_config(SMALL, **other)).text.mlp_layer_types == ("dense", "sparse", "dense")
@@ -396,8 +403,8 @@ def test_released_models_have_their_sizes_and_ids(name):
     assert (sum(x.numel() for x in model.parameters()), types.count("dense"), (len(types), *sizes)) == fixtures.SIZES[name]
     assert (text.rope_theta, text.rms_norm_eps, text.head_dim, model.norm.weight.is_meta) == (500_000, 1e-5, 128, True)
     assert text.mrope_section == ((22, 22, 20) if vl else (32, 32, 0))
-    assert not vl or dataclasses.astuple(model.cfg.vision) == (32, 1280, 5120, 16)
-    assert list(dataclasses.astuple(model.cfg)[2:]) == ([100295, 100295, 101304, 101305, 101306, 101307] if vl else [-1] * 6)
+    assert not vl or model.cfg.vision == (32, 1280, 5120, 16)
+    assert list(model.cfg[2:]) == ([100295, 100295, 101304, 101305, 101306, 101307] if vl else [-1] * 6)
 
 
 def test_28b_loads_in_seconds_and_stays_on_disk(tmp_path):

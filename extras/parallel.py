@@ -8,7 +8,6 @@ import argparse
 import atexit
 import os
 import sys
-from dataclasses import replace
 from typing import Callable, Iterator
 
 import torch
@@ -56,7 +55,7 @@ def stage(rank: int, ranks: int) -> Callable:
         require(all(parameter.is_floating_point() for parameter in model.parameters()),
                 "quantised weights cannot be sharded: load the original checkpoint, with --quantize")
         with torch.device("meta"), SkipInit():
-            model = ErnieVL(replace(model.cfg, text=local_config(model.cfg.text, ranks)))
+            model = ErnieVL(model.cfg._replace(text=local_config(model.cfg.text, ranks)))
         all_reduce_outputs(model)
         return model, ((name, local_shard(name, tensor, rank, ranks)) for name, tensor in tensors)
     return shard
@@ -64,7 +63,7 @@ def stage(rank: int, ranks: int) -> Callable:
 
 def local_config(text: TextConfig, ranks: int) -> TextConfig:
     """The config of one process: embedding, head and the vision part are whole everywhere."""
-    return replace(text, **{name: divide(name, getattr(text, name), ranks) for name in DIVIDED})
+    return text._replace(**{name: divide(name, getattr(text, name), ranks) for name in DIVIDED})
 
 
 def divide(name: str, value: int | tuple[int, ...], ranks: int) -> int | tuple[int, ...]:

@@ -2,7 +2,6 @@
 import base64
 import contextlib
 import copy
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -294,7 +293,7 @@ def test_the_reply_says_why_it_ended(script, ask):
 def test_an_answer_ends_where_the_context_does(model):
     model, talk = copy.copy(model), opened(model)
     room = len(talk.inputs([asked("Hi")]).ids) + 2
-    model.cfg = dataclasses.replace(model.cfg, text=dataclasses.replace(model.cfg.text, max_position_embeddings=room))
+    model.cfg = model.cfg._replace(text=model.cfg.text._replace(max_position_embeddings=room))
     talk = opened(model)
     talk.converse([asked("Hi")])
     assert (talk.ended, talk.tokens) == ("length", 2)

@@ -12,9 +12,9 @@ TOKEN = re.compile(r"\w+|[^\w\s]")
 MISTAKES = {  # what stands in ernie_vl.py, and what would stand there
     "markers go to text experts": ("| torch.isin(ids, torch.tensor(markers))", ""),
     "everything goes to text experts": ("y[mask] = experts(x[mask])", "y[mask] = self.text_moe(x[mask])"),
-    "router bias also weighs": ("scores.gather(", "(scores + self.e_score_correction_bias).gather("),
-    "router bias ignored": ("(scores + self.e_score_correction_bias).topk", "scores.topk"),
-    "router bias on logits": ("chosen = (scores + ", "chosen = (F.linear(x.float(), self.weight) + "),
+    "router bias also weighs": ("p.gather(", "(p + self.e_score_correction_bias).gather("),
+    "router bias ignored": ("(p + self.e_score_correction_bias).topk", "p.topk"),
+    "router bias on logits": ("chosen = (p + ", "chosen = (F.linear(x.float(), self.weight) + "),
     "expert weights not renormalised": ("(weights / weights.sum(-1, keepdim=True).clamp(min=1e-12))", "weights"),
     "sigmoid for softmax": ("self.weight.float()).softmax(-1)", "self.weight.float()).sigmoid()"),
     "shared experts forgotten": ("else y + self.shared_experts(x)", "else y"),
@@ -25,12 +25,12 @@ MISTAKES = {  # what stands in ernie_vl.py, and what would stand there
     "halves for pairs in the decoder": ("class KVCache:", "rotate_pairs = rotate_halves\nclass KVCache:"),
     "pairs for halves in the ViT": ("class VisionMLP", "rotate_halves = lambda *x: rotate_pairs(*x)\nclass VisionMLP"),
     "one position an image token": ("torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T",
-                                    "torch.arange(t * h * w).expand(3, -1)"),
-    "text continues after the count": ("before + max(t, h, w)", "before + t * h * w"),
-    "text continues after the rows": ("before + max(t, h, w)", "before + h"),
-    "text continues without the time": ("before + max(t, h, w)", "before + max(h, w)"),
-    "key heads tiled": ("z[:, None].expand(-1, len(q) // len(z), -1, -1)",
-                        "z.tile(len(q) // len(z), 1, 1).unflatten(0, (len(z), -1))"),
+                                    "torch.arange(t * h * w)"),
+    "text continues after the count": ("+= max(t, h, w) - len(run)", "+= 0"),
+    "text continues after the rows": ("+= max(t, h, w) - len(run)", "+= h - len(run)"),
+    "text continues without the time": ("+= max(t, h, w) - len(run)", "+= max(h, w) - len(run)"),
+    "key heads tiled": ("x[:, None].expand(-1, len(q) // len(x), -1, -1)",
+                        "x.tile(len(q) // len(x), 1, 1).unflatten(0, (len(x), -1))"),
     "no causal mask": ("is_causal=T == S", "is_causal=False"),
     "ViT row and column swapped": ("return blocks.transpose(1, 2)", "return blocks.flip(-1).transpose(1, 2)"),
     "ViT positions in raster order": ("return blocks.transpose(1, 2).reshape(h * w, 2)", "return raster"),
@@ -58,7 +58,7 @@ def plant(source: str, old: str, new: str) -> str:
 
 
 def execute(source: str) -> types.ModuleType:
-    sys.modules["edited"] = module = types.ModuleType("edited")      # where dataclasses look their module up
+    sys.modules["edited"] = module = types.ModuleType("edited")
     exec(compile(source, FILE, "exec"), module.__dict__)
     return module
 
