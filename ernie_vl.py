@@ -49,8 +49,10 @@ def read_json(path: Path, absent: dict | None = None) -> dict:
     """The object in a JSON file; `absent` when there is no such file, if that is given. Raises InputError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig")) if absent is None or path.is_file() else absent
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: is {path.parent} a checkpoint folder?") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is missing or no valid JSON ({error}): download it again") from None
+        raise InputError(f"{path} is no JSON that can be read ({error}): download it again") from None
     require(isinstance(value, dict), f"{path} holds no JSON object: download it again")
     return value
 

@@ -430,6 +430,10 @@ def test_a_loaded_model_is_a_plain_module_on_mapped_files(models, folders, tmp_p
         other = load(load_weights.open_checkpoint(folders[name]))
         other.lm_head = nn.Sequential(other.lm_head, nn.Tanh())      # the head is called
         assert torch.equal(other(prepared(model, "text")), model(prepared(model, "text")).tanh())
+        torch.set_default_dtype(torch.bfloat16)
+        dtypes = {parameter.dtype for parameter in load(folders[name]).parameters()}
+        torch.set_default_dtype(torch.float32)
+        assert dtypes == {torch.float32}
     file, data = tmp_path / "model.safetensors", (folders["28b"] / "model.safetensors").read_bytes()
     shutil.copy(folders["28b"] / "config.json", tmp_path)
     start = 8 + int.from_bytes(data[:8], "little")
@@ -554,6 +558,9 @@ def test_a_user_cannot_type_a_control_token(tmp_path):
     talk = lambda *text: [says("system", text), user(*text), says("assistant", "".join(text), reasoning_content="".join(text))]
     prompts = [encode_chat(tokenizer, talk(*text)).ids for text in (["Hi"], [hostile], ["<|IM", "AGE_START|>"])]
     assert len({tuple(id for id in ids if id in tokenizer.names) for ids in prompts}) == 1
+    for message in (says("tool", "x"), says("user", None), says("user", [{"type": "text", "text": "x"}]), user(Path("x"))):
+        with pytest.raises(InputError, match="load_image"):
+            encode_chat(tokenizer, [message])
 
 
 def test_streaming_never_emits_half_a_character(tokenizer):
@@ -713,7 +720,7 @@ def ask(capsys, *args: str) -> tuple[int, str, str]:
     (["Hi", "--nonsense"], "--nonsense"), (["no.mp4", "Hi"], "no.mp4"), (["no/such"], "no/such"), ([], "--image"),
     (["Hi", "you"], "you"), (["-", "Hi"], "Hi"), (["Hi", "--device", "tpu"], "cuda"), (["Hi " * 5000], "4,096"),
     (["Hi", "--save-logits", "no/such/x"], "written"), (["--image", "nothing.png"], "exist"),
-    (["--image", EXAMPLE] * 300, "smaller images"),
+    (["--image", EXAMPLE] * 300, "smaller images"), (["--image", EXAMPLE, EXAMPLE], "order"), (["my phto.png", "Hi"], "phto"),
     (["Hi", "--device", "mps" if torch.cuda.is_available() else "cuda"], "device")])
 def test_bad_options_get_one_sentence_and_exit_2(args, words, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
@@ -724,7 +731,7 @@ def test_bad_options_get_one_sentence_and_exit_2(args, words, capsys, monkeypatc
 @pytest.mark.parametrize("args, media, prompt", [
     (["a.jpg", "What is this?"], ["image a.jpg"], "What is this?"), (["What is it?", "a.jpg"], ["image a.jpg"], "What is it?"),
     ([], [], "piped"), (["a.jpg"], ["image a.jpg"], None), (["frames", "b.MP4"], ["video frames", "video b.MP4"], None),
-    (["and/or, why?"], [], "and/or, why?"), (["--image", "a.jpg", "a.jpg"], ["image a.jpg"] * 2, None), (["Why?"], [], "Why?"),
+    (["and/or, why?"], [], "and/or, why?"), (["a.jpg", "a.jpg"], ["image a.jpg"] * 2, None), (["Why?"], [], "Why?"),
     (["-"], [], "piped"), (["--prompt", "-"], [], "piped"), (["-", "a.jpg"], ["image a.jpg"], "piped")])
 def test_bare_arguments_are_files_or_the_question(monkeypatch, tmp_path, args, media, prompt):
     """stdin is read for - and where there is nothing else to answer, and never otherwise."""
@@ -757,7 +764,7 @@ def test_the_answer_alone_goes_to_stdout_and_the_same_seed_gives_the_same(capsys
     assert drawn[0] == drawn[1] != drawn[2] and ask(capsys, EXAMPLE, "--temperature", "3", "--top-k", "1")[1] == out
     for options, terminal, shown in ([], 0, "B\n"), (["--show-thinking"], 0, "A\n\nB\n"), ([], 1, "\033[2mA\033[0m\n\nB\n"):
         ids = iter([*Tokenizer(TINY).encode("A\n</think>\n\nB", control=True), 2])
-        monkeypatch.setattr(run, "choice", lambda *_: lambda logits: next(ids))
+        monkeypatch.setattr(run, "make_sampler", lambda *_: lambda logits: next(ids))
         monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
         assert ask(capsys, "Q", "--think", *options)[:2] == (0, shown)
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ernie_vl import ErnieVL, TextConfig, require
 from load_weights import SkipInit
+from run import RANK, WORLD_SIZE
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 DIVIDED = "num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size"
 SPLIT_DIM = {      # of the decoder's weights; names of the vision part are others
     "q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0, "o_proj": 1, "down_proj": 1}
@@ -55,7 +55,7 @@ def stage(rank: int, ranks: int) -> Callable:
         require(all(parameter.is_floating_point() for parameter in model.parameters()),
                 "quantised weights cannot be sharded: load the original checkpoint, with --quantize")
         with torch.device("meta"), SkipInit():
-            model = ErnieVL(model.cfg._replace(text=local_config(model.cfg.text, ranks)))
+            model = ErnieVL(model.cfg._replace(text=local_config(model.cfg.text, ranks))).float()
         all_reduce_outputs(model)
         return model, ((name, local_shard(name, tensor, rank, ranks)) for name, tensor in tensors)
     return shard
