@@ -21,9 +21,8 @@ The released checkpoints come through `load_weights.py`; text and images become 
 Technical report: https://ernie.baidu.com/blog/publication/ERNIE_Technical_Report.pdf
 """
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Generator, Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +30,10 @@ from torch import Tensor, nn
 
 PATCH = 14              # a patch is 14 x 14 pixels
 SPATIAL_MERGE = 2       # the resampler joins 2 x 2 patches, so image sides are multiples of 28 pixels ...
-TEMPORAL_MERGE = 2      # ... and then 2 consecutive frames of a video; a last frame without a partner is repeated
+TEMPORAL_MERGE = 2      # ... and then 2 consecutive frames, whose number whoever reads a video makes even
 LAYER_NORM_EPS = 1e-6   # of LayerNorms; RMSNorms, of which the resampler's after_norm is one, take rms_norm_eps
 VISION_ROPE_THETA = 10_000.0
-PREFILL_CHUNK = 2048    # prefill chunk size, in tokens: memory beside the KV cache does not grow with the prompt
+PREFILL_CHUNK = 2048    # tokens of a prompt that `generate` gives the model at a time, to bound its memory
 
 
 class InputError(ValueError):
@@ -50,8 +49,10 @@ def read_json(path: Path, absent: dict | None = None) -> dict:
     """The object in a JSON file; `absent` when there is no such file, if that is given. Raises InputError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig")) if absent is None or path.is_file() else absent
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: is {path.parent} a checkpoint folder?") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is missing or no valid JSON ({error}): download it again") from None
+        raise InputError(f"{path} is no JSON that can be read ({error}): download it again") from None
     require(isinstance(value, dict), f"{path} holds no JSON object: download it again")
     return value
 
@@ -59,16 +60,14 @@ def read_json(path: Path, absent: dict | None = None) -> dict:
 # ------------------------------------------------------------------------------------------ 1. configuration
 # Field names are the keys of the released config.json files, where some lie deeper; load_weights.py reads both layouts.
 # What has one value in every released model is a constant above, and the loader checks that the file agrees.
-@dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(NamedTuple):
     depth: int                             # number of blocks (32 in the released models)
     hidden_size: int                       # C (1,280)
     intermediate_size: int                 # width inside the MLP of a block (5,120)
     num_heads: int                         # H of the ViT (16)
 
 
-@dataclass(frozen=True)
-class TextConfig:
+class TextConfig(NamedTuple):
     vocab_size: int                        # V
     hidden_size: int                       # D
     intermediate_size: int                 # width of the dense layers
@@ -84,14 +83,13 @@ class TextConfig:
     moe_num_experts: int                   # E
     moe_intermediate_size: tuple[int, ...] # inner width of (text, vision) experts; text-only models: (text,)
     moe_k: int                             # K
-    moe_num_shared_experts: int            # fused into one MLP of this many text-expert widths, added as it is; 0: none
+    moe_num_shared_experts: int            # one MLP, this many text experts wide, added without a weight; 0: none
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     text: TextConfig
     vision: VisionConfig | None            # None for text-only models
-    image_token_id: int                    # placeholder of one merged patch of an image
+    image_token_id: int                    # placeholder of one token of an image; all ids are -1 in text-only models
     video_token_id: int                    # the same for a video; the released prompts use image_token_id there too
     image_start_token_id: int
     image_end_token_id: int
@@ -106,8 +104,8 @@ def widen(x: Tensor) -> Tensor:
 
 
 def inv_freq(pairs: int, theta: float, like: Tensor) -> Tensor:                        # -> (pairs,)
-    """Rotary inverse frequencies, highest first. In fp32 and always on the CPU: fp64, or the power function of a GPU,
-    would differ from training in the last digit, up to 0.005 rad at position 100,000. Returned as `like`, widened."""
+    """Rotary inverse frequencies, highest first. In fp32 and always on the CPU: in fp64, or by the power function of a
+    GPU, they would differ from training in the last digit: 0.005 rad at position 100,000. Then widened, as `like`."""
     return (1.0 / theta ** (torch.arange(pairs, dtype=torch.float32, device="cpu") / pairs)).to(widen(like[:0]))
 
 
@@ -127,10 +125,10 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(cfg.hidden_size, 3 * cfg.hidden_size)
         self.proj = nn.Linear(cfg.hidden_size, cfg.hidden_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, frames: list[int]) -> Tensor:   # (N, C) -> (N, C)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, frame_sizes: list[int]) -> Tensor:    # (N, C) -> (N, C)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)         # (N, H, d), (N, H, d), (N, H, d)
         q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)                      # (N, H, d), (N, H, d)
-        q, k, v = (z.transpose(0, 1)[None].split(frames, dim=2) for z in (q, k, v))        # (1, H, h*w, d) a frame
+        q, k, v = (x.transpose(0, 1)[None].split(frame_sizes, dim=2) for x in (q, k, v))   # (1, H, h*w, d) a frame
         y = torch.cat([F.scaled_dot_product_attention(*qkv) for qkv in zip(q, k, v)], dim=2)[0]    # (H, N, d)
         return self.proj(y.transpose(0, 1).flatten(1))                                     # y = softmax(q kᵀ / √d) v
 
@@ -154,8 +152,8 @@ class VisionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(cfg.hidden_size, LAYER_NORM_EPS)
         self.mlp = VisionMLP(cfg)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, frames: list[int]) -> Tensor:   # (N, C) -> (N, C)
-        x = x + self.attn(self.norm1(x), cos, sin, frames)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, frame_sizes: list[int]) -> Tensor:    # (N, C) -> (N, C)
+        x = x + self.attn(self.norm1(x), cos, sin, frame_sizes)
         return x + self.mlp(self.norm2(x))
 
 
@@ -168,7 +166,7 @@ def patch_coordinates(h: int, w: int) -> Tensor:                                
 
 
 class VisionTransformer(nn.Module):
-    """Patches of all images and videos in one call, with the result of a call for each. No class token and no absolute
+    """Patches of all images and videos at once, with the same result as one call for each. No class token, no absolute
     positions: of a head's rotary pairs the first half rotates with the patch's row, the second with its column."""
 
     def __init__(self, cfg: VisionConfig):
@@ -180,13 +178,13 @@ class VisionTransformer(nn.Module):
 
     def forward(self, patches: Tensor, grids: list[tuple]) -> Tensor:                      # (N, P) -> (N, C)
         frequency = inv_freq(self.head_dim // 4, VISION_ROPE_THETA, self.patch_embed.weight)   # of rows and of columns
-        places = torch.cat([patch_coordinates(h, w).repeat(t, 1) for t, h, w in grids])    # (N, 2)
-        angles = (places.to(patches.device)[:, None, :, None] * frequency).flatten(2)      # (N, 1, d/2)
+        coordinates = torch.cat([patch_coordinates(h, w).repeat(t, 1) for t, h, w in grids])   # (N, 2)
+        angles = (coordinates.to(patches.device)[:, None, :, None] * frequency).flatten(2) # (N, 1, d/2)
         cos, sin = angles.cos(), angles.sin()
-        frames = [h * w for t, h, w in grids for _ in range(t)]
+        frame_sizes = [h * w for t, h, w in grids for _ in range(t)]
         x = self.patch_embed(patches.type_as(self.patch_embed.weight))                     # (N, C)
         for block in self.blocks:
-            x = block(x, cos, sin, frames)
+            x = block(x, cos, sin, frame_sizes)
         return self.ln(x)
 
 
@@ -206,18 +204,19 @@ class Resampler(nn.Module):
     """4 neighbouring patches -> 1, then 2 consecutive frames -> 1 (an image is paired with itself), then to width D.
     A larger image has more patches and makes more tokens; nothing is squeezed into a fixed number."""
 
-    def __init__(self, cfg: VisionConfig, width: int, eps: float):
+    def __init__(self, cfg: VisionConfig, decoder_width: int, eps: float):
         super().__init__()
-        self.width = SPATIAL_MERGE**2 * cfg.hidden_size
-        self.spatial_linear = merge_mlp(self.width, self.width)
-        self.temporal_linear = merge_mlp(TEMPORAL_MERGE * self.width, self.width)
-        self.mlp = nn.Linear(self.width, width)
-        self.after_norm = RMSNorm(width, eps)
+        self.merged_width = SPATIAL_MERGE**2 * cfg.hidden_size                             # 4C
+        self.spatial_linear = merge_mlp(self.merged_width, self.merged_width)
+        self.temporal_linear = merge_mlp(TEMPORAL_MERGE * self.merged_width, self.merged_width)
+        self.mlp = nn.Linear(self.merged_width, decoder_width)
+        self.after_norm = RMSNorm(decoder_width, eps)
 
     def forward(self, x: Tensor, grids: list[tuple]) -> Tensor:                            # (N, C) -> (tokens, D)
-        x, pairs = self.spatial_linear(x.reshape(-1, self.width)), []                      # (N/4, 4C)
-        for one, (t, h, w) in zip(x.split([t * h * w // SPATIAL_MERGE**2 for t, h, w in grids]), grids):
-            frames = one.view(t, -1, self.width)                                           # (t, h*w/4, 4C)
+        x = self.spatial_linear(x.reshape(-1, self.merged_width))                          # (N/4, 4C)
+        pairs, sizes = [], [t * h * w // SPATIAL_MERGE**2 for t, h, w in grids]
+        for medium, (t, h, w) in zip(x.split(sizes), grids):
+            frames = medium.view(t, -1, self.merged_width)                                 # (t, h*w/4, 4C)
             even, odd = (frames, frames) if t == 1 else (frames[0::2], frames[1::2])
             pairs.append(torch.cat((even, odd), dim=-1).flatten(0, 1))                     # (tokens, 8C), in order
         return self.after_norm(self.mlp(self.temporal_linear(torch.cat(pairs))))
@@ -234,17 +233,15 @@ def token_positions(ids: Tensor, grids: list[tuple], cfg: Config) -> Tensor:    
         w    0  1     2     3 4 5 3 4 5    6    7
 
     In a video t counts pairs of frames, whatever the clock says. grids: in patches, as in `Inputs`."""
-    grids = [token_grid(grid) for grid in grids]
-    runs = is_placeholder(ids, cfg).nonzero().flatten().split([t * h * w for t, h, w in grids])
-    out, placed, start = [], 0, 0                                # tokens placed so far, and the next free position
-    for run, (t, h, w) in zip(runs, grids):
-        before = int(run[0]) - placed                            # tokens of text in front of this image
-        out.append(torch.arange(start, start + before).expand(3, -1))
-        out.append(torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T + start + before)
-        start += before + max(t, h, w)
-        placed += before + len(run)
-    out.append(torch.arange(start, start + len(ids) - placed).expand(3, -1))
-    return torch.cat(out, dim=1)
+    token_grids = [token_grid(grid) for grid in grids]
+    runs = is_placeholder(ids, cfg).nonzero().flatten().split([t * h * w for t, h, w in token_grids])
+    positions = torch.arange(len(ids)).repeat(3, 1)                                        # (3, T)  as if all were text
+    for run, (t, h, w) in zip(runs, token_grids):
+        first, behind = int(run[0]), int(run[-1]) + 1
+        inside = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T
+        positions[:, first:behind] = positions[:, first : first + 1] + inside
+        positions[:, behind:] += max(t, h, w) - len(run)
+    return positions
 
 
 def is_placeholder(ids: Tensor, cfg: Config) -> Tensor:                                    # (T,) -> (T,)
@@ -287,11 +284,11 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """Rotated keys, and values, of one layer: the first `length` places of a buffer that grows by half when it is full.
-    Written in place, so for inference only."""
+    """Keys (after rotary) and values of one layer: the first `length` rows of a buffer that grows by half when it is
+    full. Written in place, so for inference only."""
 
     def __init__(self):
-        self.length, self.buffer = 0, torch.empty(2, 1, 0, 1)      # of no places, and broadcast to any G and d
+        self.length, self.buffer = 0, torch.empty(2, 1, 0, 1)      # no rows, of a shape that broadcasts to any
 
     def append(self, kv: Tensor) -> Tensor:                                            # (2, G, T, d) -> (2, G, S, d)
         past, length = self.length, self.length + kv.shape[2]
@@ -300,7 +297,7 @@ class KVCache:
             grown[:, :, :past] = self.buffer[:, :, :past]
             self.buffer = grown
         self.buffer[:, :, past:length] = kv
-        self.length = length                 # last, so that an interrupt leaves a cache that is true
+        self.length = length                 # last: after an interrupt, so many rows are whole
         return self.buffer[:, :, :length]
 
 
@@ -330,22 +327,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:              # (H, T, d),
     T, S = q.shape[1], k.shape[1]
     if T == 1:
         # The same result as below: one new token attends to every key, so the H/G heads of a group are the rows of one
-        # product. Otherwise keys and values would be copied for every query head: most of a step at long contexts.
+        # product. Below, torch itself copies keys and values for every query head: most of a step at long contexts.
         return F.scaled_dot_product_attention(q.reshape(1, len(k), -1, q.shape[2]), k[None], v[None]).reshape(q.shape)
     # is_causal lets query 0 attend to key 0 alone; behind a cache query 0 stands S - T keys later
     mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    k, v = (z[:, None].expand(-1, len(q) // len(z), -1, -1) for z in (k, v))           # (G, H/G, S, d), without a copy
+    k, v = (x[:, None].expand(-1, len(q) // len(x), -1, -1) for x in (k, v))           # (G, H/G, S, d), which are views
     return F.scaled_dot_product_attention(q.view(*k.shape[:2], T, -1), k, v, mask, is_causal=T == S).flatten(0, 1)
 
 
 class MLP(nn.Module):
     """SwiGLU. Used for dense layers, shared experts and routed experts alike."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:                                                # (T, D) -> (T, D)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -363,9 +360,9 @@ class Router(nn.Module):
         self.e_score_correction_bias = nn.Parameter(torch.zeros(cfg.moe_num_experts), requires_grad=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:                                 # (T, D) -> (T, K), (T, K)
-        scores = self.softmax(F.linear(widen(x), widen(self.weight)))                      # (T, E)
-        chosen = (scores + self.e_score_correction_bias).topk(self.k).indices          # (T, K)  the bias votes ...
-        weights = scores.gather(-1, chosen)                                            # (T, K)  ... but has no weight
+        p = self.softmax(F.linear(widen(x), widen(self.weight)))                           # (T, E)
+        chosen = (p + self.e_score_correction_bias).topk(self.k).indices                 # (T, K)  the bias votes ...
+        weights = p.gather(-1, chosen)                                                 # (T, K)  ... but has no weight
         return (weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)).type_as(x), chosen
 
 
@@ -373,19 +370,19 @@ class Experts(nn.Module):
     """The experts of one modality and their router, called with the tokens of this modality alone. A chosen expert runs
     once, on all tokens that chose it; the others are not touched, so memory-mapped weights stay on disk."""
 
-    def __init__(self, cfg: TextConfig, hidden: int):
+    def __init__(self, cfg: TextConfig, intermediate_size: int):
         super().__init__()
         self.gate = Router(cfg)
-        self.experts = nn.ModuleList(MLP(cfg.hidden_size, hidden) for _ in range(cfg.moe_num_experts))
+        self.experts = nn.ModuleList(MLP(cfg.hidden_size, intermediate_size) for _ in range(cfg.moe_num_experts))
 
     def forward(self, x: Tensor) -> Tensor:                                                # (T, D) -> (T, D)
         weights, chosen = self.gate(x)
-        if len(x) == 1:      # the same result as below, without sorting the one token by expert
+        if len(x) == 1:      # the same as below, but 3 to 6 % faster (a layer of the 28B): nothing is sorted by expert
             return sum(w * self.experts[e](x) for w, e in zip(weights[0], chosen[0].tolist()))
         y = torch.zeros_like(x)                                                            # (T, D)
         for e in chosen.unique().tolist():
-            token, slot = torch.where(chosen == e)
-            y[token] += weights[token, slot, None] * self.experts[e](x[token])
+            token_idx, slot = torch.where(chosen == e)
+            y[token_idx] += weights[token_idx, slot, None] * self.experts[e](x[token_idx])
         return y
 
 
@@ -394,10 +391,10 @@ class ModalityMoE(nn.Module):
 
     def __init__(self, cfg: TextConfig):
         super().__init__()
-        text, *vision = cfg.moe_intermediate_size
-        shared = cfg.moe_num_shared_experts * text
-        self.text_moe = Experts(cfg, text)
-        self.vision_moe = Experts(cfg, *vision) if vision else None                        # None in text-only models
+        width, *vision_width = cfg.moe_intermediate_size
+        shared = cfg.moe_num_shared_experts * width
+        self.text_moe = Experts(cfg, width)
+        self.vision_moe = Experts(cfg, *vision_width) if vision_width else None            # None in text-only models
         self.shared_experts = MLP(cfg.hidden_size, shared) if shared else None             # None in the 424B and 300B
 
     def forward(self, x: Tensor, is_vision: Tensor) -> Tensor:                             # (T, D), (T,) -> (T, D)
@@ -436,6 +433,8 @@ class Inputs(NamedTuple):
 
 
 class ErnieVL(nn.Module):
+    """Tokens, with images among them -> logits. In bf16 some stays fp32: rotary, the mean of an RMSNorm, routers."""
+
     def __init__(self, cfg: Config):
         super().__init__()
         text, self.cfg = cfg.text, cfg
@@ -450,7 +449,7 @@ class ErnieVL(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Head and embedding become one tensor, where the config says so. To be called again after replacing either."""
+        """Where the config says so, the head takes the embedding's tensor; again after the embedding was replaced."""
         if self.cfg.text.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -473,7 +472,7 @@ class ErnieVL(nn.Module):
         return x
 
     def prepare(self, ids: list[int], patches: Tensor | None = None, grids: list[tuple] = ()) -> Inputs:
-        """A prompt as tensors on the model's device. ids: T token ids. patches: (N, 588) normalised pixels. grids: one
+        """A prompt as tensors on the model's device. ids: T token ids. patches: (N, P) normalised pixels. grids: one
         (t, h, w) for every image and video. Raises InputError when images and placeholders do not fit together."""
         ids, cfg, device = torch.as_tensor(ids, dtype=torch.long), self.cfg, self.embed_tokens.weight.device
         patches = torch.empty(0, 3 * PATCH**2) if patches is None else patches
@@ -492,7 +491,7 @@ def check_prompt(ids: Tensor, patches: Tensor, grids: list[tuple], cfg: Config) 
     require(not grids or cfg.vision is not None, "this is a text-only checkpoint: ask it without an image")
     for t, h, w in grids:
         fits = min(t, h, w) > 0 and h % SPATIAL_MERGE == w % SPATIAL_MERGE == 0 and (t == 1 or t % TEMPORAL_MERGE == 0)
-        require(fits, f"the grid {(t, h, w)} cannot be merged: rows and columns must be even, frames 1 or even")
+        require(fits, f"the grid {(t, h, w)} cannot be merged: it needs even rows and columns, and frames 1 or even")
     shape = (sum(t * h * w for t, h, w in grids), 3 * PATCH**2)
     require(patches.shape == shape, f"{grids=} need patches of shape {shape}, and these are {tuple(patches.shape)}")
     placeholder_idx = is_placeholder(ids, cfg).nonzero().flatten()
@@ -505,20 +504,22 @@ def check_prompt(ids: Tensor, patches: Tensor, grids: list[tuple], cfg: Config) 
 
 # ------------------------------------------------------------------------------------------------ 7. generating
 def pieces(inputs: Inputs, cfg: Config, limit: int = PREFILL_CHUNK) -> Iterator[Inputs]:
-    """Chunked prefill, and ViT batches: the same prompt as several Inputs of about `limit` tokens, to be run one after
-    another with one cache. No cut is inside a unit, an image or a pair of frames; a larger unit is its own piece."""
-    pairs = [(min(t, TEMPORAL_MERGE), h, w) for t, h, w in inputs.grids for _ in range(0, t, TEMPORAL_MERGE)]
-    runs = is_placeholder(inputs.ids, cfg).nonzero().flatten().split([h * w // SPATIAL_MERGE**2 for _, h, w in pairs])
-    units = [(int(run[0]), int(run[-1]) + 1, pair) for run, pair in zip(runs, pairs)]
+    """Chunked prefill: the same prompt as several Inputs of about `limit` tokens, to be run one after the other with
+    one cache. No cut is inside a unit (an image, or a pair of frames); a larger unit is its own piece. That is exact,
+    since the ViT attends within a frame, and the resampler joins pairs of frames."""
+    grids = [(min(t, TEMPORAL_MERGE), h, w) for t, h, w in inputs.grids for _ in range(0, t, TEMPORAL_MERGE)]
+    runs = is_placeholder(inputs.ids, cfg).nonzero().flatten().split([h * w // SPATIAL_MERGE**2 for _, h, w in grids])
+    units = [(int(run[0]), int(run[-1]) + 1, grid) for run, grid in zip(runs, grids)]
     begin, patches = 0, inputs.patches
     while begin < len(inputs.ids):
         end = min(begin + limit, len(inputs.ids))
-        for first, behind in [(first, behind) for first, behind, _ in units if first < end < behind]:
-            end = first if first > begin else behind
-        grids = [pair for first, _, pair in units if begin <= first < end]
-        rows, now = sum(t * h * w for t, h, w in grids), slice(begin, end)
-        yield Inputs(inputs.ids[now], inputs.positions[:, now], inputs.is_vision[now], patches[:rows], grids)
-        begin, patches = end, patches[rows:]
+        for first, behind, _ in units:
+            if first < end < behind:         # the cut would be inside: before the unit, or behind one that comes first
+                end = first if first > begin else behind
+        here, part = slice(begin, end), [grid for first, _, grid in units if begin <= first < end]
+        count = sum(t * h * w for t, h, w in part)
+        yield Inputs(inputs.ids[here], inputs.positions[:, here], inputs.is_vision[here], patches[:count], part)
+        begin, patches = end, patches[count:]
 
 
 def greedy(logits: Tensor) -> int:                                                         # (V,) -> an id
@@ -528,7 +529,7 @@ def greedy(logits: Tensor) -> int:                                              
 def sampler(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0,
             seed: int | None = None, seen: list[int] = (), suppressed: list[int] = ()) -> Callable[[Tensor], int]:
     """A `choose` for one answer: draws among the top_k likeliest ids (0: all), and of these among the smallest set with
-    cumulative probability top_p (nucleus); temperature 0 is greedy. The same seed gives the same ids on every device.
+    cumulative probability top_p (nucleus); temperature 0 is greedy. A seed draws the same ids from the same logits.
     repetition_penalty makes ids rarer that were chosen or are in `seen`, the prompt's. `suppressed` never come."""
     generator, seen, suppressed = torch.Generator(), list(seen), torch.tensor(suppressed, dtype=torch.long)
     generator.manual_seed(generator.seed() if seed is None else seed)
@@ -546,20 +547,19 @@ def sampler(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repeti
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
     logits, order = logits.sort(descending=True)                                           # (V,), (V,)
     probs = ((logits - logits[0]).double() / temperature)[: top_k or None].softmax(-1)
-    probs[probs.cumsum(-1) - probs >= top_p] = 0          # those that are likelier hold top_p already
+    probs[probs.cumsum(-1) - probs >= max(top_p, 1e-9)] = 0      # those that are likelier hold top_p already
     return int(order[torch.multinomial(probs, 1, generator=generator)])
 
 
 @torch.inference_mode()
 def generate(model: ErnieVL, inputs: Inputs, choose: Callable[[Tensor], int] = greedy, stop: tuple[int, ...] = (2,),
-             max_new_tokens: int = 1024, cache: list[KVCache] | None = None) -> Iterator[int]:
-    """Yields token ids, and returns why it ended: "stop" (at one of `stop`, not yielded), "length" or "context".
-    inputs: the prompt, or what of it follows the tokens in `cache`; it runs once, then one token a step.
-    choose: logits (V,), in fp32 on the CPU, -> an id."""
+             max_new_tokens: int = 1024, cache: list[KVCache] | None = None) -> Generator[int, None, str]:
+    """Yields token ids, and returns why it ended: "stop" (one of `stop` came; 2 is </s>), "length" or "context".
+    inputs: the prompt, or what of it follows the tokens in `cache`; it runs once, then one token a step, and the last
+    token stays out of the cache. choose: logits (V,), in fp32 on the CPU, -> an id."""
     cache = [KVCache() for _ in model.layers] if cache is None else cache
-    step = inputs._replace(patches=inputs.patches[:0], grids=[], is_vision=torch.zeros_like(inputs.is_vision[:1]))
     room = model.cfg.text.max_position_embeddings - cache[0].length - len(inputs.ids)
-    parts, position = pieces(inputs, model.cfg), inputs.positions[:, -1:]
+    parts, position = pieces(inputs, model.cfg), inputs.positions[:, -1:].amax(0).expand(3, 1)
     for _ in range(min(max_new_tokens, room)):
         for part in parts:
             logits = model(part, cache, only_last=True)                                    # (1, V)
@@ -568,5 +568,6 @@ def generate(model: ErnieVL, inputs: Inputs, choose: Callable[[Tensor], int] = g
             return "stop"
         yield token
         position = position + 1      # on all axes; and what is generated is always text
-        parts = [step._replace(ids=inputs.ids.new_tensor([token]), positions=position)]
+        ids, is_vision = inputs.ids.new_tensor([token]), torch.zeros_like(inputs.is_vision[:1])
+        parts = [Inputs(ids, position, is_vision, inputs.patches[:0], [])]
     return "length" if max_new_tokens <= room else "context"

@@ -2,8 +2,8 @@
 
 Reads the released "-PT" checkpoints of ERNIE-4.5-VL (28B-A3B, 28B-A3B-Thinking, 424B-A47B), of the text-only relatives
 (21B-A3B, 300B-A47B, 0.3B), and whatever transformers saves of them. On the CPU a tensor in its stored dtype is mapped
-and not read (routers are): its pages come from the file when a token first needs them, and experts that nobody picks
-stay on disk. Definitions stand in the order in which `load`, the last of them, is done with them.
+and not read (routers, which become fp32, are): its pages come from the file when a token first needs them, and experts
+that nobody picks stay on disk. Definitions stand in the order in which `load`, the last of them, is done with them.
 """
 import functools
 import json
@@ -62,8 +62,7 @@ def require_key(raw: dict, name: str):
 
 def require_values(raw: dict, **values) -> None:
     for name, value in values.items():
-        given = raw.get(name, value)
-        require(given == value, f"config.json says {name} {given!r}, and only {value!r} is supported")
+        require(raw.get(name, value) == value, f"config.json has {name} {raw.get(name)!r}; only {value!r} is supported")
 
 
 def is_count(value, most: int = 10**7) -> bool:
@@ -132,8 +131,7 @@ def read_text_config(raw: dict, tied: bool, vision: bool) -> TextConfig:
         mrope_section=mrope_section(rope.get("mrope_section"), pairs_t, head_dim // 2),
         tie_word_embeddings=tied, mlp_layer_types=types,
         moe_num_experts=experts[0], moe_k=raw.get("moe_k", 0), moe_num_shared_experts=shared,
-        moe_intermediate_size=(widths[0], widths[-1]) if vision else (widths[0],),
-    )
+        moe_intermediate_size=(widths[0], widths[-1]) if vision else (widths[0],))
 
 
 def read_vision_config(vision: dict, raw: dict) -> VisionConfig:
@@ -154,7 +152,7 @@ def read_token_ids(raw: dict, vision: dict | None) -> dict:
     image = raw.get("image_token_id", raw.get("im_patch_id", 100295))
     ids = {"image_token_id": image, "video_token_id": raw.get("video_token_id", image)}
     usual = {"image_start": 101304, "image_end": 101305, "video_start": 101306, "video_end": 101307}
-    ids |= {f"{name}_token_id": raw.get(f"{name}_token_id", id) for name, id in usual.items()}
+    ids |= {f"{name}_token_id": raw.get(f"{name}_token_id", number) for name, number in usual.items()}
     check(all(map(is_count, ids.values())), "ids of the media tokens")
     return ids if vision else dict.fromkeys(ids, -1)
 
@@ -179,7 +177,6 @@ def read_config(raw: dict) -> Config:
 
 class SkipInit(TorchFunctionMode):
     """Skips weight initialisation, which even on the meta device takes a quarter of the time of loading."""
-
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (nn.init.kaiming_uniform_, nn.init.normal_):
             return kwargs["tensor"]
@@ -188,10 +185,9 @@ class SkipInit(TorchFunctionMode):
 
 def build_model(config: dict) -> ErnieVL:
     """config.json -> the model on the meta device: shapes without memory."""
-    method, cfg = config.get("quantization_config"), read_config(config)
-    require(not method, f"the weights are quantised ({method}): open_quantized in extras/quantize.py reads them")
+    require(not config.get("quantization_config"), "quantised weights: open_quantized in extras/quantize.py reads them")
     with torch.device("meta"), SkipInit():
-        return ErnieVL(cfg)
+        return ErnieVL(read_config(config)).float()      # whatever torch's default is
 
 
 # ------------------------------------------------------------------------- 2. the files, and what they hold
@@ -237,10 +233,11 @@ def by_canonical_name(folder: Path, found: Iterable[TensorInfo]) -> dict[str, Te
 
 def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a folder by its name without prefixes, from the headers of its files."""
-    files = sorted(set(read_index(folder).values()) or folder.glob("*.safetensors"))
+    index = {name: file for name, file in read_index(folder).items() if not LEFT_OUT.search(name)}
+    files = sorted(set(index.values()) or folder.glob("*.safetensors"))
     require(files, f"{folder} has no *.safetensors files with weights: download the whole -PT checkpoint")
     absent = [file.name for file in files if not file.is_file()]
-    require(not absent, f"{folder} lacks {len(absent)} of its files, {absent[:1]} first: download the rest into it")
+    require(not absent, f"{folder} lacks {len(absent)} files: download {', '.join(absent[:3])} ... into it")
     return by_canonical_name(folder, [info for file in files for info in read_header(file).values()])
 
 
@@ -362,8 +359,7 @@ def mapped_tensor(storage: torch.UntypedStorage, info: TensorInfo) -> Tensor:
 
 def read_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Our parameters one by one, mapped from the files; pages are private, so that training never writes to a file."""
-    map_file = lambda file: torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
-    storage = functools.cache(map_file)
+    storage = functools.cache(lambda file: torch.UntypedStorage.from_file(str(file), False, file.stat().st_size))
     for name, (info, transform, index) in checkpoint.sources.items():
         yield name, transform(mapped_tensor(storage(info.file), info), index, checkpoint.model.cfg)
 
@@ -380,7 +376,7 @@ def load(folder: Path | Checkpoint, device: str = "cpu", dtype: torch.dtype | No
          stages: Iterable[Callable] = ()) -> ErnieVL:
     """The model of a folder, strictly: every parameter from a file, every tensor of the files used.
 
-    folder: a checkpoint folder, or an opened Checkpoint. dtype: None keeps what is stored (fp16 becomes fp32).
+    folder: a checkpoint folder, or an opened Checkpoint, whose model is filled. dtype: None is as stored (fp16: fp32).
     stages: functions (model on the meta device, iterator of name and tensor) -> the same, called in this order before
     any tensor is read: they exchange modules or tensors, or watch them pass. Raises InputError."""
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(Path(folder))
@@ -395,10 +391,10 @@ def load(folder: Path | Checkpoint, device: str = "cpu", dtype: torch.dtype | No
         setattr(module, last, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
     model.tie_weights()
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    require(not empty, f"no tensor has reached {empty[:1]}: a stage has kept it")
+    require(not empty, f"no tensor has reached {', '.join(empty[:3])}: a stage has kept it")
     return model.eval()
 
 
 if __name__ == "__main__":
-    print("this checks a folder: python -m extras.check FOLDER", file=sys.stderr)
+    print("error: python -m extras.check checks a folder, python -m extras.quantize quantises one", file=sys.stderr)
     sys.exit(2)

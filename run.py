@@ -1,17 +1,18 @@
 """Ask ERNIE-4.5-VL about images and videos.
 
     python run.py photo.jpg "What is this?"
-    python run.py before.jpg after.jpg "What changed?"
     python run.py --model ERNIE-4.5-VL-28B-A3B-Thinking page.png "Read the small print." --zoom
-    python run.py --chat
 
 The answer goes to stdout as it is produced, everything else to stderr. Exit code 2: something given cannot be used.
 """
+import os
+import signal
+if __name__ == "__main__":      # Ctrl-C: while the libraries load the end at once, then the KeyboardInterrupt of `main`
+    signal.signal(signal.SIGINT, lambda *at: signal.default_int_handler(*at) if "load" in globals() else os._exit(130))
+
 import contextlib
 import importlib
-import os
 import re
-import signal
 import sys
 import tempfile
 import time
@@ -21,17 +22,18 @@ from typing import Callable, Iterator
 
 HERE = Path(__file__).resolve().parent
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # as torchrun sets them
-VIDEO = re.compile(r"(?i).*\.(mp4|m4v|mov|mkv|webm|avi|mpe?g|wmv|flv|ts|3gp)")
-IMAGE = re.compile(r"(?i).*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic)")
+VIDEO = re.compile(r".*\.(mp4|m4v|mov|mkv|webm|avi|mpe?g|wmv|flv|ts|3gp)", re.I)
+NAME = re.compile(rf"{VIDEO.pattern}|.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic)|\S*[/\\]\S*", re.I)
 
 
 # ----------------------------------------------------------------------------------------------- the command line
-def number(kind: type, least: float, default=None, most: float = 2**63, name: str = "") -> dict:
+def number(kind: type, least: float, default=None, most: float = 2**63 - 1, name: str = "") -> dict:
+    name = name or f"a {'whole ' * (kind is int)}number of {least} or more"
     def check(text: str):
         with contextlib.suppress(ValueError):
             if least <= kind(text) <= most:
                 return kind(text)
-        raise ArgumentTypeError(f"{text} is not {name or f'a number of {least} or more'}")
+        raise ArgumentTypeError(f"{text} is not {name}")
     return dict(metavar="N", type=check, default=default)
 
 
@@ -43,23 +45,23 @@ CORE = (  # flag, how argparse reads it, help
     ("--system", TEXT, "a system message before the question"),
     ("--model", dict(metavar="FOLDER", default=str(HERE / "tiny")), "or a hub id in the local cache (default: tiny/)"),
     ("--device", dict(choices=("auto", "cpu", "cuda", "mps"), default="auto"), "auto takes cuda, then mps, then cpu"),
-    ("--dtype", dict(choices=("auto", "float32", "bfloat16", "float64"), default="auto"), "auto is as it is stored"),
+    ("--dtype", dict(choices=("auto", "float32", "bfloat16", "float64"), default="auto"), "auto keeps what is stored"),
     ("--think", dict(action=BooleanOptionalAction), "reason first or not (default: as it was trained)"),
     ("--show-thinking", ON, "print the reasoning too when the output is no terminal"),
-    ("--max-pixels", number(int, 784, name="784 or more: 28 x 28 a token"), "resize to at most N pixels: fewer tokens"),
+    ("--max-pixels", number(int, 784, name="784 or more: a token is 28 x 28"), "resize images and frames to N pixels"),
     ("--max-new-tokens", number(int, 1, 1024), "longest answer, reasoning included (default: 1024)"),
-    ("--temperature", number(float, 0, 0.0), "0, the default, takes the likeliest token"),
+    ("--temperature", number(float, 0, 0.0), "0, the default, is greedy"),
     ("--top-k", number(int, 0, 0), "draw among the N likeliest tokens (default: all)"),
-    ("--top-p", number(float, 1e-99, 1.0, 1, "a number above 0 and up to 1"), "draw among the likeliest that sum to N"),
+    ("--top-p", number(float, 1e-99, 1.0, 1, "above 0 and up to 1"), "from the smallest set of probability N"),
     ("--repetition-penalty", number(float, 0.01, 1.0), "above 1, repeats become less likely"),
     ("--seed", number(int, 0), "the same seed gives the same answer (default: another each time)"),
     ("--save-logits", FILE, "do not answer: write inputs and all logits of the prompt, to check other code against"),
     ("--stages", ON, "and with them every stage before (reference/README.md)"),
 )
 EXTRAS = (  # flag, file in extras/, how argparse reads it, help
-    ("--video", "video", MEDIA | dict(type=lambda file: ("video", file)), "an animation, folder of frames, or film"),
+    ("--video", "video", MEDIA | dict(type=lambda file: ("video", file)), "an animated image, frames, or a video file"),
     ("--fps", "video", number(float, 0.001, 2.0), "frames of a video to look at, a second (default: 2)"),
-    ("--max-frames", "video", number(int, 1, 180), "and at most so many (default: 180)"),
+    ("--max-frames", "video", number(int, 1, 180), "at most so many frames (default: 180)"),
     ("--chat", "chat", ON, "a conversation in the terminal"),
     ("--messages", "messages", FILE, "JSON list of messages in OpenAI's format, the last of which is answered"),
     ("--tools", "messages", FILE, "JSON list of tools in OpenAI's format that the model may call"),
@@ -67,56 +69,55 @@ EXTRAS = (  # flag, file in extras/, how argparse reads it, help
     ("--batch", "batch", FILE, 'one request a line, {"messages": [...]}, and one line of JSON for each'),
     ("--out", "batch", FILE, "where --batch writes (default: stdout); lines that are there are not done again"),
     ("--boxes", "boxes", FILE, "draw what the answer locates on the last image of the question"),
-    ("--zoom", "boxes", ON, "let the model zoom into that image, as the Thinking checkpoint has learned to"),
-    ("--max-zooms", "boxes", number(int, 0, 4), "how often (default: 4)"),
+    ("--zoom", "boxes", ON, "let the model zoom into the last image, as the Thinking checkpoint has learned to"),
+    ("--max-zooms", "boxes", number(int, 0, 4), "how often it may zoom (default: 4)"),
     ("--quantize", "quantize", dict(choices=("int8", "int4")), "round the weights: half or a third of the memory"),
     ("--compile", "compiled", ON, "compile the step that makes a token: for a GPU, where it is not measured yet"),
 )
-CONVERSATION = "chat", "messages", "tools", "json", "batch", "out", "boxes", "zoom"      # extras/session.py runs these
+RUN_BY = dict.fromkeys(("chat", "messages", "session", "batch", "boxes"), "session")      # who runs a file's flags
 
 
-def parse(argv: list[str] | None = None) -> Namespace:
-    argv = sys.argv[1:] if argv is None else argv
+def parse(argv: list[str]) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda text: parser.exit(2, f"error: {text} (python run.py --help lists the options)\n")
     parser.add_argument("words", nargs="*", metavar="WORD", help="image, video, or the question; - is stdin")
-    for flag, *name, options, text in CORE + EXTRAS:
-        parser.add_argument(flag, **options, help=text)
-        if name and not has_extra(*name) and any(word.partition("=")[0] == flag for word in argv):
-            parser.error(f"{flag} needs extras/{name[0]}.py, which is not here")
+    group = parser.add_argument_group("capabilities of extras/ (what each does: extras/README.md)")
+    for flag, *where, options, text in CORE + EXTRAS:
+        (group if where else parser).add_argument(flag, **options, help=text)
+    given = {flag: name for flag, name, *_ in EXTRAS if any(word.partition("=")[0] == flag for word in argv)}
+    for flag in (flag for flag, name in given.items() if not has_extra(name)):
+        parser.error(f"{flag} needs extras/{given[flag]}.py, which is not here")
     args = parser.parse_intermixed_args(argv)
-    for word in args.words:
-        sort_word(word, args, parser)
-    args.stages and not args.save_logits and parser.error("--stages needs --save-logits FILE, where it writes them")
-    conversation = args.chat or args.messages or args.batch
-    if args.prompt == "-" or args.prompt is None and not args.media and not conversation:
-        readable = sys.stdin and (args.prompt == "-" or not sys.stdin.isatty())
+    args.runner = next((RUN_BY[name] for name in given.values() if name in RUN_BY), None)
+    flagged = len(args.media)
+    for word in args.words:      # an image or a video where there is such a file, and otherwise the question
+        if os.path.exists(word):
+            args.media = [*args.media, ("video" if os.path.isdir(word) or VIDEO.fullmatch(word) else "image", word)]
+        elif NAME.fullmatch(word):
+            parser.error(f"{word} does not exist: give the path of a file (nothing is downloaded)")
+        elif args.prompt is not None:
+            parser.error(f"{word!r} is a second question: put quotes around the whole of it")
+        else:
+            args.prompt = word
+    if 0 < flagged < len(args.media):
+        parser.error("give all images and videos with their flags, or all without: their order counts")
+    if args.prompt == "-" or not (args.media or args.chat or args.messages or args.batch or args.prompt is not None):
+        readable = sys.stdin and WORLD_SIZE == 1 and (args.prompt == "-" or not sys.stdin.isatty())
         args.prompt = sys.stdin.read().strip() if readable else ""
-        args.prompt or parser.error("nothing to answer: give --image FILE, --prompt TEXT, or both")
+        if not args.prompt:
+            parser.error("nothing to answer: give --image FILE, --prompt TEXT (or - and a text on stdin), or both")
     return args
 
 
-def sort_word(word: str, args: Namespace, parser: ArgumentParser) -> None:
-    """A bare argument is an image or a video where there is such a file, and otherwise the question."""
-    if os.path.exists(word):
-        args.media = [*args.media, ("video" if os.path.isdir(word) or VIDEO.fullmatch(word) else "image", word)]
-    elif re.fullmatch(r"\S+", word) and (re.search(r"[/\\]", word) or VIDEO.fullmatch(word) or IMAGE.fullmatch(word)):
-        parser.error(f"{word} does not exist: give the path of a file (nothing is downloaded)")
-    elif args.prompt is not None:
-        parser.error(f"{word!r} is a second question: put quotes around the whole of it")
-    else:
-        args.prompt = word
-
-
-def has_extra(name: str, room: str = "extras") -> bool:
-    return (HERE / room / f"{name}.py").is_file()
+def has_extra(name: str) -> bool:
+    return (HERE / "extras" / f"{name}.py").is_file()
 
 
 if __name__ == "__main__":      # --help and wrong options are answered at once, not after the second that torch takes
-    # Ctrl-C is the end at once while the libraries load, and then a KeyboardInterrupt, of which `main` makes code 130.
-    signal.signal(signal.SIGINT, lambda *at: signal.default_int_handler(*at) if "load" in globals() else os._exit(130))
     sys.modules["run"] = sys.modules["__main__"]      # the name by which extras import this file
-    ARGS = parse()
+    for stream in filter(None, (sys.stdin, sys.stdout)):
+        stream.reconfigure(errors="replace")
+    ARGS = parse(sys.argv[1:])
 
 try:
     import torch
@@ -131,11 +132,12 @@ except ModuleNotFoundError as missing:
     sys.exit(2)
 
 
-# ------------------------------------------------------------------------------------------------------- small parts
 def extra(name: str, room: str = "extras"):
-    """The module extras/NAME.py. Raises InputError where it is not there."""
-    require(has_extra(name, room), f"this needs {room}/{name}.py, which is not here")
-    return importlib.import_module(f"{room}.{name}")
+    """The module extras/NAME.py. Raises InputError where it, or one that it needs, is not there."""
+    try:
+        return importlib.import_module(f"{room}.{name}")
+    except ModuleNotFoundError as missing:
+        raise InputError(f"this needs {missing.name.replace('.', '/')}.py, which is not here") from None
 
 
 def log(line: str = "", redraw: bool = False) -> None:
@@ -146,7 +148,6 @@ def log(line: str = "", redraw: bool = False) -> None:
 
 
 def report(prompt_tokens: int, tokens: int, first: float, others: float, total: float) -> None:
-    """Seconds: to the first token, from there to the last, and of everything."""
     speed = f", then {(tokens - 1) / others:.1f} tokens/s" if tokens > 1 else ""
     log(f"{prompt_tokens:,} tokens read, first token after {first:.2f} s{speed}; {tokens:,} tokens in {total:.1f} s")
 
@@ -156,27 +157,29 @@ class Printer:
 
     def __init__(self, show_thinking: bool):
         terminal = sys.stdout is not None and sys.stdout.isatty()
-        self.last, self.styles = None, {"content": "{}", "tool_call": "{}"}
+        self.last, self.styles = None, {"content": "{}"}
         if terminal or show_thinking:
-            self.styles["reasoning"] = "\033[2m{}\033[0m" if terminal else "{}"
+            self.styles["reasoning"] = {True: "\033[2m{}\033[0m", False: "{}"}[terminal]
 
     def show(self, kind: str, text: str) -> None:
         if kind in self.styles:
             last, self.last = self.last, kind      # before the text, in case of an interrupt
-            if last and (kind != last or kind == "tool_call"):
+            if last and kind != last:
                 print({"reasoning": "\n\n"}.get(last, "\n"), end="")
             print(self.styles[kind].format(text), end="", flush=True)
 
     def end(self) -> None:
-        print(end="\n" * bool(self.last), flush=True)
+        print(flush=True)
         self.last = None
 
 
 def check_output(path: Path | None) -> Path | None:
-    """Before minutes of work, not after them. Only an ordinary file may be replaced, never a device or a folder."""
+    """Checked before minutes of work. Only an ordinary file may be replaced, never a device or a folder."""
     path = path and Path(os.path.realpath(path))      # unlike Path's own, os.path's functions raise nothing
-    fits = not path or os.access(path.parent, os.W_OK) and (os.path.isfile(path) or not os.path.exists(path))
-    require(fits, f"{path} cannot be written: name a file in a folder that exists and is yours")
+    if path:
+        writable = os.path.isdir(path.parent) and os.access(path.parent, os.W_OK)
+        require(writable and (os.path.isfile(path) or not os.path.exists(path)),
+                f"{path} cannot be written: name a file in a folder that exists and is yours")
     return path
 
 
@@ -193,16 +196,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise InputError(f"{path} could not be written ({error})") from None
 
 
-# ----------------------------------------------------------------------------------------------------- what to do
 def pick_device(asked: str) -> str:
     found = torch.cuda.is_available() * ["cuda"] + torch.backends.mps.is_available() * ["mps"] + ["cpu"]
     require(asked in ("auto", *found), f"this machine or this build of torch has no {asked} device: use --device cpu")
-    return found[0] if asked == "auto" else asked
+    return {"auto": found[0]}.get(asked, asked)
 
 
 def load_model(args: Namespace, folder: Path, device: str) -> ErnieVL:
-    """Here and in `run` stands what is used of extras/ without a flag: for a quantised folder, under torchrun, and
-    where they are there, what tells of memory and progress, and what suits a CPU."""
+    """Uses extras/ without a flag for quantised folders and under torchrun; check.py and cpu.py if there."""
     start, dtype = time.perf_counter(), getattr(torch, args.dtype, None)      # "auto" is none of torch's
     quantized = read_json(folder / "config.json").get("quantization_config")
     checkpoint = extra("quantize").open_quantized(folder) if quantized else open_checkpoint(folder)
@@ -231,7 +232,7 @@ def question(args: Namespace, folder: Path) -> list[dict]:
     return [{"role": role, "content": content} for role, content in messages.items() if content]
 
 
-def choice(args: Namespace, tokenizer: Tokenizer, model: ErnieVL, prompt_ids: list[int]) -> Callable:
+def make_sampler(args: Namespace, tokenizer: Tokenizer, model: ErnieVL, prompt_ids: list[int]) -> Callable:
     return sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed, prompt_ids,
                    tokenizer.suppressed_ids(model.cfg.text.vocab_size))
 
@@ -240,30 +241,30 @@ def run(args: Namespace) -> None:
     start, device, folder = time.perf_counter(), pick_device(args.device), find_folder(args.model)
     if WORLD_SIZE > 1:
         device = extra("parallel").join(device, args)
+    require(args.save_logits or not args.stages, "--stages needs --save-logits FILE, where it writes them")
     args.save_logits, tokenizer = check_output(args.save_logits), Tokenizer(folder)
-    if any(getattr(args, name) for name in CONVERSATION):
-        return extra("session").run(args, tokenizer, device)
+    if args.runner:
+        return extra(args.runner).run(args, tokenizer, device)
     prompt = encode_chat(tokenizer, question(args, folder), args.think)
     model = load_model(args, folder, device)
     inputs = model.prepare(*prompt)
     if args.save_logits:
         return (extra("stages", "reference").save if args.stages else save_logits)(model, inputs, args.save_logits)
     parser, printer = ReplyParser(tokenizer.begins_thinking(prompt.ids)), Printer(args.show_thinking)
-    choose, times = choice(args, tokenizer, model, prompt.ids), [time.perf_counter()]
-
+    choose, times = make_sampler(args, tokenizer, model, prompt.ids), [time.perf_counter()]
     def timed_ids() -> Iterator[int]:
-        for id in generate(model, inputs, choose, tuple(tokenizer.stop), args.max_new_tokens):
+        for token_id in generate(model, inputs, choose, tuple(tokenizer.stop), args.max_new_tokens):
             times.append(time.perf_counter())
-            yield id
+            yield token_id
     try:
         for kind, text in parser.follow(tokenizer, timed_ids()):
             printer.show(kind, text)
-    finally:        # Ctrl-C: the text so far stands
+    finally:        # after Ctrl-C, too: the text so far stands
         for kind, text in parser.push("", final=True):
             printer.show(kind, text)
         printer.end()
-    begin, first, last = times[0], *(times[1:2] or times), times[-1]
-    report(len(prompt.ids), len(times) - 1, first - begin, last - first, time.perf_counter() - start)
+        begin, first, last = times[0], *(times[1:2] or times), times[-1]
+        report(len(prompt.ids), len(times) - 1, first - begin, last - first, time.perf_counter() - start)
 
 
 def save_logits(model: ErnieVL, inputs: Inputs, path: Path) -> None:
@@ -272,16 +273,13 @@ def save_logits(model: ErnieVL, inputs: Inputs, path: Path) -> None:
         logits = torch.cat([model(piece, cache).float().cpu() for piece in pieces(inputs, model.cfg)])
     tensors = {**inputs._asdict(), "grids": torch.tensor(inputs.grids, dtype=torch.long).view(-1, 3), "logits": logits}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda path: save_file(tensors, path))
+    write_atomically(path, lambda unfinished: save_file(tensors, unfinished))
     log(f"wrote {path}: " + ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()))
 
 
-def main(argv: list[str] | None = None, args: Namespace | None = None) -> int:
+def main(argv: list[str] = sys.argv[1:], args: Namespace | None = None) -> int:
     args = args or parse(argv)
     try:
-        for stream in (sys.stdin, sys.stdout):
-            with contextlib.suppress(AttributeError):      # None where there is none
-                stream.reconfigure(errors="replace")
         run(args)
         return 0
     except KeyboardInterrupt:

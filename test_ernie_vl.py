@@ -1,7 +1,6 @@
 """What is claimed of the core, as tests: python -m pytest -q test_ernie_vl.py. No network, no GPU, no transformers: what
 transformers computes lies in reference/reference.safetensors. Where transformers is installed, it is compared live."""
 import copy
-import dataclasses
 import inspect
 import io
 import itertools
@@ -312,10 +311,18 @@ def test_penalties_and_suppressed_ids(model):
     assert sampler(repetition_penalty=2.0, seen=[0])(torch.tensor([-1.0, -1.5])) == 1
 
 
+def test_an_answer_continues_behind_the_largest_position(model, monkeypatch):
+    positions = []
+    spy = lambda given, *rest: positions.append(given[:, -1].tolist()) or rotary(given, *rest)
+    monkeypatch.setattr(ernie_vl, "rotary", spy)
+    answer(model, model.prepare([1, 2, *SIX[:-1]], ROWS, [(1, 4, 6)]), max_new_tokens=3)      # it ends in an image
+    assert positions == [[3, 4, 5], [6] * 3, [7] * 3]
+
+
 def test_generation_says_why_it_ended_and_what_it_says_is_text(model):
     inputs, short, cache = prepared(model, "mixed"), copy.copy(model), new_cache(model)
-    text = dataclasses.replace(model.cfg.text, max_position_embeddings=len(inputs.ids) + 4)
-    short.cfg = dataclasses.replace(model.cfg, text=text)
+    text = model.cfg.text._replace(max_position_embeddings=len(inputs.ids) + 4)
+    short.cfg = model.cfg._replace(text=text)
     free, why = answer(model, inputs, max_new_tokens=8)
     assert len(free) == 8 and why == "length" and answer(model, inputs, max_new_tokens=0) == ([], "length")
     assert answer(model, inputs, stop=(free[5],)) == (free[: free.index(free[5])], "stop")
@@ -361,7 +368,7 @@ def test_all_spellings_of_a_checkpoint_are_the_same_model(models, tmp_path, name
     ("424b", {"moe_layer_start_index": 2, "tie_word_embeddings": ABSENT})])
 def test_flat_and_nested_configs_mean_the_same_and_no_field_is_overlooked(name, changes):
     flat = {key: value for key, value in fixtures.flat_config(ref.MODELS[name], **changes).items() if value is not ABSENT}
-    assert read_config(flat) == dataclasses.replace(read_config(ref.config(ref.MODELS[name])), video_token_id=ref.IMAGE)
+    assert read_config(flat) == read_config(ref.config(ref.MODELS[name]))._replace(video_token_id=ref.IMAGE)
     nested, text = ref.config(SMALL), ref.text_config(SMALL)
     for other in ({"moe_layer_interval": 2}, {"moe_layer_end_index": 1}):
         assert read_config(fixtures.flat_config(SMALL, **other)).text.mlp_layer_types == ("dense", "sparse", "dense")
@@ -406,8 +413,8 @@ def test_released_models_have_their_sizes_and_ids(name):
     assert (sum(x.numel() for x in model.parameters()), types.count("dense"), (len(types), *sizes)) == fixtures.SIZES[name]
     assert (text.rope_theta, text.rms_norm_eps, text.head_dim, model.norm.weight.is_meta) == (500_000, 1e-5, 128, True)
     assert text.mrope_section == ((22, 22, 20) if vl else (32, 32, 0))
-    assert not vl or dataclasses.astuple(model.cfg.vision) == (32, 1280, 5120, 16)
-    assert list(dataclasses.astuple(model.cfg)[2:]) == ([100295, 100295, 101304, 101305, 101306, 101307] if vl else [-1] * 6)
+    assert not vl or model.cfg.vision == (32, 1280, 5120, 16)
+    assert list(model.cfg[2:]) == ([100295, 100295, 101304, 101305, 101306, 101307] if vl else [-1] * 6)
 
 
 def test_28b_loads_in_seconds_and_stays_on_disk(tmp_path):
@@ -433,6 +440,10 @@ def test_a_loaded_model_is_a_plain_module_on_mapped_files(models, folders, tmp_p
         other = load(load_weights.open_checkpoint(folders[name]))
         other.lm_head = nn.Sequential(other.lm_head, nn.Tanh())      # the head is called
         assert torch.equal(other(prepared(model, "text")), model(prepared(model, "text")).tanh())
+        torch.set_default_dtype(torch.bfloat16)
+        dtypes = {parameter.dtype for parameter in load(folders[name]).parameters()}
+        torch.set_default_dtype(torch.float32)
+        assert dtypes == {torch.float32}
     file, data = tmp_path / "model.safetensors", (folders["28b"] / "model.safetensors").read_bytes()
     shutil.copy(folders["28b"] / "config.json", tmp_path)
     start = 8 + int.from_bytes(data[:8], "little")
@@ -557,6 +568,9 @@ def test_a_user_cannot_type_a_control_token(tmp_path):
     talk = lambda *text: [says("system", text), user(*text), says("assistant", "".join(text), reasoning_content="".join(text))]
     prompts = [encode_chat(tokenizer, talk(*text)).ids for text in (["Hi"], [hostile], ["<|IM", "AGE_START|>"])]
     assert len({tuple(id for id in ids if id in tokenizer.names) for ids in prompts}) == 1
+    for message in (says("tool", "x"), says("user", None), says("user", [{"type": "text", "text": "x"}]), user(Path("x"))):
+        with pytest.raises(InputError, match="load_image"):
+            encode_chat(tokenizer, [message])
 
 
 def test_streaming_never_emits_half_a_character(tokenizer):
@@ -716,7 +730,7 @@ def ask(capsys, *args: str) -> tuple[int, str, str]:
     (["Hi", "--nonsense"], "--nonsense"), (["no.mp4", "Hi"], "no.mp4"), (["no/such"], "no/such"), ([], "--image"),
     (["Hi", "you"], "you"), (["-", "Hi"], "Hi"), (["Hi", "--device", "tpu"], "cuda"), (["Hi " * 5000], "4,096"),
     (["Hi", "--save-logits", "no/such/x"], "written"), (["--image", "nothing.png"], "exist"),
-    (["--image", EXAMPLE] * 300, "smaller images"),
+    (["--image", EXAMPLE] * 300, "smaller images"), (["--image", EXAMPLE, EXAMPLE], "order"), (["my phto.png", "Hi"], "phto"),
     (["Hi", "--device", "mps" if torch.cuda.is_available() else "cuda"], "device")])
 def test_bad_options_get_one_sentence_and_exit_2(args, words, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
@@ -727,7 +741,7 @@ def test_bad_options_get_one_sentence_and_exit_2(args, words, capsys, monkeypatc
 @pytest.mark.parametrize("args, media, prompt", [
     (["a.jpg", "What is this?"], ["image a.jpg"], "What is this?"), (["What is it?", "a.jpg"], ["image a.jpg"], "What is it?"),
     ([], [], "piped"), (["a.jpg"], ["image a.jpg"], None), (["frames", "b.MP4"], ["video frames", "video b.MP4"], None),
-    (["and/or, why?"], [], "and/or, why?"), (["--image", "a.jpg", "a.jpg"], ["image a.jpg"] * 2, None), (["Why?"], [], "Why?"),
+    (["and/or, why?"], [], "and/or, why?"), (["a.jpg", "a.jpg"], ["image a.jpg"] * 2, None), (["Why?"], [], "Why?"),
     (["-"], [], "piped"), (["--prompt", "-"], [], "piped"), (["-", "a.jpg"], ["image a.jpg"], "piped")])
 def test_bare_arguments_are_files_or_the_question(monkeypatch, tmp_path, args, media, prompt):
     """stdin is read for - and where there is nothing else to answer, and never otherwise."""
@@ -760,7 +774,7 @@ def test_the_answer_alone_goes_to_stdout_and_the_same_seed_gives_the_same(capsys
     assert drawn[0] == drawn[1] != drawn[2] and ask(capsys, EXAMPLE, "--temperature", "3", "--top-k", "1")[1] == out
     for options, terminal, shown in ([], 0, "B\n"), (["--show-thinking"], 0, "A\n\nB\n"), ([], 1, "\033[2mA\033[0m\n\nB\n"):
         ids = iter([*Tokenizer(TINY).encode("A\n</think>\n\nB", control=True), 2])
-        monkeypatch.setattr(run, "choice", lambda *_: lambda logits: next(ids))
+        monkeypatch.setattr(run, "make_sampler", lambda *_: lambda logits: next(ids))
         monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
         assert ask(capsys, "Q", "--think", *options)[:2] == (0, shown)
 

@@ -28,7 +28,7 @@ FACTOR = PATCH * SPATIAL_MERGE                           # 28: sides of a resize
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 6177 * FACTOR**2       # of the released checkpoints' own processor: 4 to 6,177 tokens
 MIN_FRAME, MAX_FRAME = 299 * FACTOR**2, 1196 * FACTOR**2 # the same for a frame of a video, which may be enlarged
 MAX_RATIO = 200                                          # of the sides of an image
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)     # of CLIP's training images, where the ViT began
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)     # of CLIP's training images
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 IN_ANSWERS = re.compile(r"</?(think|tool_call|response)>|<\|LOC_.*")      # control tokens that an answer may show
 
@@ -48,15 +48,14 @@ class Tokenizer:
         self.settings = read_json(self.folder / "tokenizer_config.json", {})
         try:
             self.special = self.read_special()
-            self.names = {operator.index(id): name for name, id in self.special.items()}
+            self.names = {operator.index(token_id): name for name, token_id in self.special.items()}
             eos = read_json(self.folder / "generation_config.json", {}).get("eos_token_id") or []
-            self.stop = {operator.index(id) for id in (eos if isinstance(eos, list) else [eos])}
+            self.stop = {operator.index(token_id) for token_id in (eos if isinstance(eos, list) else [eos])}
         except InputError:
             raise
         except (TypeError, AttributeError, LookupError, ValueError) as error:
             raise InputError(f"the JSON files beside {file} list no tokens ({error}): download them again") from None
-        ends = self.special.keys() & {"</s>", "<|end_of_sentence|>", "<|im_end|>"}
-        self.stop |= {self.special[name] for name in ends}
+        self.stop |= {i for name, i in self.special.items() if name in ("</s>", "<|end_of_sentence|>", "<|im_end|>")}
         self.control = re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))))
         self.shown = tuple(filter(IN_ANSWERS.fullmatch, self.special))
 
@@ -68,25 +67,24 @@ class Tokenizer:
             listed = (value if isinstance(value, list) else [value]) * key.endswith(("_token", "_tokens"))
             listed = [name.get("content") if isinstance(name, dict) else name for name in listed]
             ids = {name: self.pieces.piece_to_id(name) for name in listed if isinstance(name, str)}      # some are bool
-            names |= {name: id for name, id in ids.items() if id != self.pieces.unk_id()}
+            names |= {name: token_id for name, token_id in ids.items() if token_id != self.pieces.unk_id()}
         names |= read_json(self.folder / "added_tokens.json", {})
-        names |= {token["content"]: int(id) for id, token in self.settings.get("added_tokens_decoder", {}).items()}
+        decoder = self.settings.get("added_tokens_decoder", {})
+        names |= {token["content"]: int(token_id) for token_id, token in decoder.items()}
         if "<|IMAGE_PLACEHOLDER|>" not in names:
             added = read_json(self.folder / "tokenizer.json", {}).get("added_tokens", [])
             names |= {token["content"]: token["id"] for token in added}
-        return {name: id for name, id in names.items() if len(name) > 1}
+        return {name: token_id for name, token_id in names.items() if len(name) > 1}
 
     def encode(self, text: str, control: bool = False) -> list[int]:
         """Text -> ids; adds no BOS or EOS. control=True parses control tokens; otherwise control strings in the text
         are characters like any others."""
         ids, done, text = [], 0, text.encode("utf-8", "replace").decode()
         for match in self.control.finditer(text):
-            if control:
-                ids += self.pieces.encode(text[done : match.start()]) + [self.special[match[0]]]
-                done = match.end()
-            else:       # SentencePiece knows some of them: cut behind the first character, and they are just letters
-                ids += self.pieces.encode(text[done : match.start() + 1])
-                done = match.start() + 1
+            # SentencePiece knows some of them: cut behind the first character, they are just letters.
+            end = match.start() if control else match.start() + 1
+            ids += self.pieces.encode(text[done:end]) + [self.special[match[0]]] * control
+            done = match.end() if control else end
         return ids + self.pieces.encode(text[done:])
 
     def decode(self, ids: list[int], keep: tuple[str, ...] = ()) -> str:
@@ -100,7 +98,7 @@ class Tokenizer:
 
     def begins_thinking(self, ids: list[int]) -> bool:
         """True if the prompt ends with an open <think>, so that its answer begins inside the reasoning."""
-        tags = [self.names[id] for id in ids if self.names.get(id) in ("<think>", "</think>")]
+        tags = [self.names[token_id] for token_id in ids if self.names.get(token_id) in ("<think>", "</think>")]
         return tags[-1:] == ["<think>"]
 
 
@@ -115,13 +113,13 @@ class Stream:
         self.pieces, self.names, self.keep = tokenizer.pieces, tokenizer.names, keep
         self.bytes = codecs.getincrementaldecoder("utf-8")("replace each byte")
 
-    def push(self, id: int) -> str:
-        name = self.names.get(id)
-        if name is None and id < len(self.pieces) and self.pieces.is_byte(id):
-            return self.bytes.decode(bytes([int(self.pieces.id_to_piece(id)[3:5], 16)]))     # "<0x0A>"
-        if name is not None or id >= len(self.pieces) or self.pieces.is_unknown(id):
+    def push(self, token_id: int) -> str:
+        name = self.names.get(token_id)
+        if name is None and token_id < len(self.pieces) and self.pieces.is_byte(token_id):
+            return self.bytes.decode(bytes([int(self.pieces.id_to_piece(token_id)[3:5], 16)]))     # "<0x0A>"
+        if name is not None or token_id >= len(self.pieces) or self.pieces.is_unknown(token_id):
             return self.flush() + (name if name in self.keep else "")
-        return self.flush() + self.pieces.id_to_piece(id).replace("▁", " ")
+        return self.flush() + self.pieces.id_to_piece(token_id).replace("▁", " ")
 
     def flush(self) -> str:
         return self.bytes.decode(b"", final=True)
@@ -130,7 +128,6 @@ class Stream:
 # --------------------------------------------------------------------------------------------------- 2. images
 class Media(NamedTuple):
     """An image or video that has been read, as it stands in the content of a message."""
-
     kind: str                     # "image" or "video"
     source: object                # what was given: a path, a file object, an image in memory
     image: Image.Image            # RGB; of a video the first frame
@@ -168,9 +165,9 @@ def read_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
 
 
 def short_name(source) -> str:
-    """Of what messages call a file: a path as it is, a data URI by its beginning."""
+    """How messages name a file: a path as it is, a data URI by its beginning."""
     if not isinstance(source, (str, Path)):
-        return "what is given in memory"
+        return getattr(source, "name", "what is given in memory")
     return re.sub(r"(?s)^(data:.{25}).*", r"\1...", str(source))
 
 
@@ -193,7 +190,8 @@ def input_errors(source, kind: str) -> Iterator[None]:
     except (IsADirectoryError, PermissionError) as error:
         raise InputError(f"{name} cannot be opened: {error.strerror}") from None
     except Exception as error:       # pillow's readers fail on damaged files in many ways
-        raise InputError(f"{name} cannot be read as {kind} ({error}): it may be cut off or damaged") from None
+        reason = getattr(error, "strerror", None) or error      # the whole text of an OSError has the path once more
+        raise InputError(f"{name} cannot be read as {kind} ({reason}): it may be cut off or damaged") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -214,7 +212,7 @@ def pixel_budget(folder: Path, kind: str = "image") -> tuple[int, int]:
     name, *usual = {"image": ("preprocessor_config.json", MIN_PIXELS, MAX_PIXELS),
                     "video": ("video_preprocessor_config.json", MIN_FRAME, MAX_FRAME)}[kind]
     size = read_json(Path(folder) / name, {}).get("size") or {}
-    known = size if isinstance(size, dict) else dict.fromkeys(("shortest_edge", "longest_edge"))
+    known = size if isinstance(size, dict) else {"shortest_edge": None, "longest_edge": None}
     edges = [known.get(key, pixels) for key, pixels in zip(("shortest_edge", "longest_edge"), usual)]
     require(all(isinstance(edge, int) and FACTOR**2 <= edge <= 10**9 for edge in edges),
             f"{Path(folder) / name} has no numbers of pixels in size: download it again")
@@ -257,7 +255,6 @@ class Control(str):
 
 class ChatTemplate(NamedTuple):
     """How the checkpoints of a kind were taught to converse."""
-
     system: str               # system message when the caller gives none
     media_prefix: str         # before "Picture 1:"
     think_prefix: str         # what follows "Assistant: " when the model shall think first ...
@@ -301,7 +298,7 @@ def wrap(template: str, *inside: str) -> list[str]:
 
 
 def generation_prompt(template: ChatTemplate, think: bool | None) -> list[str]:
-    """What the answer follows. think: None leaves it to the checkpoint. Raises InputError where it cannot think."""
+    """The end of the prompt, before the answer. think: None leaves it to the checkpoint. Raises InputError."""
     thinks = template.thinks_by_default if think is None else think
     require(template.think_prefix or not thinks, "this checkpoint was not taught to think first: think cannot be True")
     return ["\nAssistant: ", *literal(template.think_prefix if thinks else template.no_think_prefix)]
@@ -315,13 +312,17 @@ def render(messages: list[dict], template: ChatTemplate, think: bool | None = No
     if template.system and not any(message["role"] == "system" for message in messages):
         messages = [{"role": "system", "content": [template.system]}, *messages]
     for message in messages:
+        content = message["content"]
+        known = message["role"] in ("system", "user", "assistant") and isinstance(content, (str, list, tuple))
+        require(known and all(isinstance(item, (str, Media)) for item in content), "a message has a role (system, user "
+                "or assistant) and a content: a text, or a list of texts and Media, which load_image makes")
         opening, closing = {"system": ("", "\n"), "user": ("User: ", ""),
                             "assistant": ("\nAssistant: ", "<|end_of_sentence|>")}[message["role"]]
         parts.append(opening)
         reasoning = message.get("reasoning_content")
         if reasoning and template.history:        # a checkpoint that was not taught to think has no place for it
             parts += wrap(template.history, reasoning)
-        for item in message["content"]:
+        for item in content:
             parts += render_media(item.kind, template, counts) if isinstance(item, Media) else [item]
         parts += literal(closing)
     return parts + (generation_prompt(template, think) if add_generation_prompt else [])
@@ -336,7 +337,6 @@ def render_media(kind: str, template: ChatTemplate, counts: dict[str, int]) -> l
 
 class Prompt(NamedTuple):
     """What `ErnieVL.prepare` takes."""
-
     ids: list[int]
     patches: Tensor         # (N, 588)
     grids: list[tuple]      # one (t, h, w) an image or video
@@ -358,16 +358,15 @@ def encode_chat(tokenizer: Tokenizer, messages: list[dict], think: bool | None =
 def encode_parts(tokenizer: Tokenizer, parts: list[str], grids: list[tuple]) -> list[int]:
     """Text between two control tokens is encoded in one go, however many parts it came in; a placeholder is repeated
     for every token of its image. Released prompts use the image's placeholder in videos too."""
-    special = {"<|VIDEO_PLACEHOLDER|>": tokenizer.special.get("<|IMAGE_PLACEHOLDER|>"), **tokenizer.special}
-    ids, text, counts = [], "", iter([math.prod(token_grid(grid)) for grid in grids])
+    ids, text, counts, special = [], "", iter([math.prod(token_grid(grid)) for grid in grids]), tokenizer.special
     for part in parts:
         if not isinstance(part, Control):
             text += part
             continue
-        known = special.get(part) is not None
-        require(known, f"the vocabulary of {tokenizer.folder} has no {part}: is it an ERNIE-4.5-VL checkpoint?")
-        repeat = next(counts) if part.endswith("_PLACEHOLDER|>") else 1
-        ids, text = ids + tokenizer.encode(text) + [special[part]] * repeat, ""
+        name = part if part in special else part.replace("VIDEO_PLACEHOLDER", "IMAGE_PLACEHOLDER")
+        require(name in special, f"the vocabulary of {tokenizer.folder} has no {name}: is it an ERNIE-4.5-VL folder?")
+        repeat = next(counts) if name.endswith("_PLACEHOLDER|>") else 1
+        ids, text = ids + tokenizer.encode(text) + [special[name]] * repeat, ""
     return ids + tokenizer.encode(text)
 
 
@@ -395,8 +394,8 @@ class ReplyParser:
     def follow(self, tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[tuple[str, str]]:
         """The same for generated ids, until they end."""
         stream = Stream(tokenizer, tokenizer.shown)
-        for id in ids:
-            yield from self.push(stream.push(id))
+        for token_id in ids:
+            yield from self.push(stream.push(token_id))
         yield from self.push(stream.flush(), final=True)
 
     def _reasoning(self, final: bool) -> tuple[str, str] | None:

@@ -9,14 +9,14 @@ from extras.messages import read_messages, read_request, read_text
 from run import RANK, log, write_atomically
 
 
-def unanswered(args: argparse.Namespace) -> list[tuple[int, str]]:
+def open_requests(args: argparse.Namespace) -> list[tuple[int, str]]:
     """The requests of --batch that --out has no line for yet, with their line numbers. Raises InputError."""
-    done = answered(args) if args.out and args.out.exists() else set()
+    done = read_done(args) if args.out and args.out.exists() else set()
     lines = read_text(args.batch).split("\n")        # not splitlines: JSON may hold other ends of lines
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip() and number not in done]
 
 
-def answered(args: argparse.Namespace) -> set[int]:
+def read_done(args: argparse.Namespace) -> set[int]:
     """The numbers of the requests that --out has lines for. An unfinished last line is dropped from it; a file that
     --batch did not write is refused."""
     text = read_text(args.out, "replace")      # it may end within a character
@@ -49,7 +49,7 @@ def batch(session, requests: list[tuple[int, str]]) -> None:
 def answer(session, line: str, number: int, own_tools: list[dict]) -> dict:
     session.restart_clock()
     request = read_request(line, f"line {number}", "messages")
-    messages = read_messages(request["messages"], session.load)
+    messages = read_messages(request["messages"], session.load_media)
     session.tools = own_tools + request["tools"]
     session.clock.lap("pictures")
     session.converse(messages)

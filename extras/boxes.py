@@ -47,7 +47,7 @@ def find_boxes(text: str) -> list[Box]:
     boxes = boxes_in_json(text)
     for label, *places in LOCATED.findall(text):
         points = [re.findall(r"\d+(?:\.\d+)?", place) for place in "".join(places).split("<|LOC_SEP|>")]
-        boxes += [spanned(label, list(map(float, numbers))) for numbers in points if len(numbers) >= 4]
+        boxes += [bounding_box(label, list(map(float, numbers))) for numbers in points if len(numbers) >= 4]
     return boxes
 
 
@@ -74,7 +74,7 @@ def boxes_in(value, label: str = "") -> list[Box]:
         # A list around each value, so that four counts in an object are not taken for corners.
         value = next(([value[key]] for key in BOX_KEYS if key in value), [[part] for part in value.values()])
     if are_corners(value, 0, LARGEST):
-        return [spanned(label, value)]
+        return [bounding_box(label, value)]
     return [box for part in value for box in boxes_in(part, label)] if isinstance(value, list) else []
 
 
@@ -83,7 +83,7 @@ def are_corners(value, least: float, most: float) -> bool:
     return numbers and len(value) == 4
 
 
-def spanned(label: str, points: list[float]) -> Box:
+def bounding_box(label: str, points: list[float]) -> Box:
     xs, ys = points[0::2], points[1::2]      # x, y, x, y, ...
     return Box(label, (min(xs), min(ys), max(xs), max(ys)))
 

@@ -59,7 +59,7 @@ class Chat:
 
     def attach(self, command: str, file: str) -> None:
         require(file != "", f"{command} needs a file behind it")
-        self.media.append(self.session.load(command.removeprefix("/"), file))
+        self.media.append(self.session.load_media(command.removeprefix("/"), file))
 
     def save(self, command: str, file: str) -> None:
         require(file != "", f"{command} needs a file behind it")

@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError
 
 from ernie_vl import ErnieVL, InputError, read_json
-from extras.quantize import KINDS, QuantizedLinear, build_quantized, quantize_layers
 from load_weights import (DTYPES, FAMILIES, Checkpoint, SkipInit, TensorInfo, build_model, by_canonical_name,
                           find_folder, match_tensors, read_header, read_index, wanted_dtype)
 
@@ -27,32 +26,33 @@ RELEASED = "BF16"      # what a tensor counts as whose file is not here
 
 # ------------------------------------------------------------------------------------------------------ memory
 def memory(checkpoint: Checkpoint, device: str, dtype: torch.dtype | None, log: Callable,
-           compile: bool = False) -> Callable:
-    """A stage of load_weights.load, the last one, that says with log(sentence) how much memory the model of the other
-    stages will take, before anything is read, and with log(sentence, redraw=True) how much has been. Raises InputError,
-    with a suggestion, where so much memory is not free."""
+           compiled: bool = False) -> Callable:
+    """A stage of load_weights.load, the last one, that says with log(message) how much memory the model of the other
+    stages will take, before anything is read, and with log(message, redraw=True) which share has been read. Raises
+    InputError, with a suggestion, where so much memory is not free."""
     def look(model: ErnieVL, tensors: Iterator) -> tuple[ErnieVL, Iterator]:
         name, free = checkpoint.folder.name, free_memory(device)
-        own, mapped = needs(checkpoint, model, device, dtype, compile)
+        own, mapped = memory_needed(checkpoint, model, device, dtype, compiled)
         if own > free:
-            raise InputError(f"{name} needs {size(own)} on {device}, and {size(free)} are free: "
+            raise InputError(f"{name} needs {format_bytes(own)} on {device}, and {format_bytes(free)} are free: "
                              f"{suggestion(checkpoint, model, device, dtype, free)}")
-        parts = [f"{size(own)} of memory"] * (own > 0) + [f"{size(mapped)} mapped from disk"] * (mapped > 0)
-        log(f"{name} takes {' and '.join(parts)} ({size(free)} are free on {device}), and "
-            f"{size(bytes_of_a_token(checkpoint, model, dtype))} a token of context")
-        return model, counted(tensors, name, len(list(model.parameters())), log)
+        parts = [f"{format_bytes(own)} of memory"] * (own > 0)
+        parts += [f"{format_bytes(mapped)} mapped from disk"] * (mapped > 0)
+        log(f"{name} takes {' and '.join(parts)} ({format_bytes(free)} are free on {device}), and "
+            f"{format_bytes(bytes_of_a_token(checkpoint, model, dtype))} a token of context")
+        return model, with_progress(tensors, name, len(list(model.parameters())), log)
     return look
 
 
-def counted(tensors: Iterator, name: str, total: int, log: Callable) -> Iterator:
+def with_progress(tensors: Iterator, name: str, total: int, log: Callable) -> Iterator:
     for done, named in enumerate(tensors, 1):
         yield named
         if done % 100 == 0:
             log(f"loading {name}: {100 * done // total} %", redraw=True)
 
 
-def needs(checkpoint: Checkpoint, model: ErnieVL, device: str, dtype: torch.dtype | None,
-          compile: bool = False) -> tuple[int, int]:
+def memory_needed(checkpoint: Checkpoint, model: ErnieVL, device: str, dtype: torch.dtype | None,
+                  compiled: bool = False) -> tuple[int, int]:
     """Bytes of the weights: (of memory, mapped from disk). What a CPU can use as it stands in the file is mapped; but
     experts are stacked to be compiled, and int4 is packed anew if it is not."""
     bytes_of = {False: 0, True: 0}
@@ -60,7 +60,7 @@ def needs(checkpoint: Checkpoint, model: ErnieVL, device: str, dtype: torch.dtyp
         source = checkpoint.sources.get(name)      # none for a scale that is made while loading
         stored = DTYPES[source.info.dtype or RELEASED] if source else None
         wanted = wanted_dtype(name, parameter, stored, dtype)
-        copied = "_moe.experts." in name if compile else wanted == torch.uint8
+        copied = "_moe.experts." in name if compiled else wanted == torch.uint8
         bytes_of[device == "cpu" and wanted == stored and not copied] += parameter.numel() * wanted.itemsize
     return bytes_of[False], bytes_of[True]
 
@@ -75,12 +75,13 @@ def bytes_of_a_token(checkpoint: Checkpoint, model: ErnieVL, dtype: torch.dtype 
 def suggestion(checkpoint: Checkpoint, model: ErnieVL, device: str, dtype: torch.dtype | None, free: int) -> str:
     """What would fit; torch computes the sizes on meta tensors."""
     for kind, smaller in quantized_models(checkpoint, model):
-        if needs(checkpoint, smaller, device, dtype)[0] <= free:
+        if memory_needed(checkpoint, smaller, device, dtype)[0] <= free:
             return f"--quantize {kind} would fit"
     return "it needs a machine with more memory" if device == "cpu" else "--device cpu maps it from disk, but is slow"
 
 
 def quantized_models(checkpoint: Checkpoint, model: ErnieVL) -> Iterator[tuple[str, ErnieVL]]:
+    from extras.quantize import KINDS, quantize_layers
     for kind in () if checkpoint.config.get("quantization_config") else KINDS:
         with contextlib.suppress(InputError):      # where int4 divides no rows
             with torch.device("meta"), SkipInit():
@@ -106,21 +107,22 @@ def out_of_memory(error: Exception, args: argparse.Namespace) -> str:
     if isinstance(error, RuntimeError) and "memory" not in str(error):
         raise error
     asked = re.search(r"allocate (?:(\d+) bytes|([\d.]+ \w+))", str(error))
-    more = f" ({asked[2] or size(int(asked[1]))} more are needed)" if asked else ""
-    left = {"--max-pixels": args.media, "--quantize int4": args.quantize != "int4",
+    more = f" ({asked[2] or format_bytes(int(asked[1]))} more are needed)" if asked else ""
+    left = {"--max-pixels": args.media or args.prompt is None, "--quantize int4": args.quantize != "int4",
             "--dtype bfloat16": args.dtype == "float32", "a shorter prompt": True}
     ways = " or ".join(way for way in left if left[way])
     return f"error: there is not enough memory for this{more}: try {ways}"
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     power = 1 + (count >= 1e6) + (count >= 1e9)
     return f"{count / 1000**power:,.1f} {' kMG'[power]}B"
 
 
 # ---------------------------------------------------------------------------------------------------- the folder
-def inspect(folder: Path) -> Checkpoint:
+def open_incomplete(folder: Path) -> Checkpoint:
     """Opens a folder that may have problems, or lack files, of which the index tells the names."""
+    from extras.quantize import build_quantized
     config, index = read_json(folder / "config.json"), read_index(folder)
     model = build_quantized(config) if config.get("quantization_config") else build_model(config)
     files = [file for file in sorted(set(index.values()) or folder.glob("*.safetensors")) if file.is_file()]
@@ -173,14 +175,15 @@ def memory_table(checkpoint: Checkpoint) -> Iterator[str]:
     kinds = [("as stored", checkpoint.model, None), ("bfloat16", checkpoint.model, torch.bfloat16)]
     kinds += [(kind, smaller, None) for kind, smaller in quantized_models(checkpoint, checkpoint.model)]
     for kind, model, dtype in kinds:
-        (cuda, _), (own, mapped) = (needs(checkpoint, model, device, dtype) for device in ("cuda", "cpu"))
-        token = size(bytes_of_a_token(checkpoint, model, dtype))
-        yield f"memory      {kind:9s} {size(cuda)} on cuda, {size(own)} and {size(mapped)} mapped from disk on cpu; " \
-              f"{token} a token of context"
+        (cuda, _), (own, mapped) = (memory_needed(checkpoint, model, device, dtype) for device in ("cuda", "cpu"))
+        cuda, own, mapped, token = map(format_bytes, (cuda, own, mapped, bytes_of_a_token(checkpoint, model, dtype)))
+        yield (f"memory      {kind:9s} {cuda} on cuda, {own} and {mapped} mapped from disk on cpu; "
+               f"{token} a token of context")
 
 
 def parameters(model: ErnieVL) -> int:
     """Their number, where those of quantised layers count as what they stand for."""
+    from extras.quantize import QuantizedLinear
     total = sum(parameter.numel() for parameter in model.parameters())
     for layer in (module for module in model.modules() if isinstance(module, QuantizedLinear)):
         total += layer.in_features * len(layer.weight) - layer.weight.numel() - layer.scale.numel()
@@ -194,7 +197,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         from extras.selfcheck import self_check      # not at the top: run.py needs none of it
-        checkpoint = inspect(find_folder(args.folder))
+        checkpoint = open_incomplete(find_folder(args.folder))
         found = problems(checkpoint)
         print("\n".join([summary(checkpoint), *found, *memory_table(checkpoint)]), flush=True)
         for line in self_check(checkpoint.folder, checkpoint.model.cfg):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ernie_vl import Attention, ErnieVL, Experts, Inputs, KVCache, require, rotary, rotate_pairs
-from extras.quantize import QuantizedLinear, one_row
+from extras.quantize import QuantizedLinear, matvec
 
 SMALLEST_WINDOW = 256      # tokens
 PROJECTIONS = "gate_proj", "up_proj", "down_proj"
@@ -32,7 +32,7 @@ class GroupedExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:                                                 # (T, D) -> (T, D)
         weights, chosen = self.gate(x)                                                      # (T, K), (T, K)
         if len(x) == 1:
-            return weights @ swiglu(x, lambda rows, name: one_row(self.weights(name, chosen[0]), rows))
+            return weights @ swiglu(x, lambda rows, name: matvec(self.weights(name, chosen[0]), rows))
         order = chosen.flatten().argsort(stable=True)                                       # (T*K,)  by expert
         experts = torch.arange(len(self.experts), device=x.device)
         ends = (chosen.flatten() == experts[:, None]).sum(1).cumsum(0).int()                # (E,)  the rows of each

@@ -55,12 +55,12 @@ def script(monkeypatch):
         stop = lambda: max(tokenizer.stop)
         prompts, pairs = [], iter([text if isinstance(text, tuple) else (text, stop) for text in texts])
 
-        def choice(args, theirs, model, prompt_ids):
+        def make_sampler(args, theirs, model, prompt_ids):
             prompts.append(tokenizer.decode(prompt_ids, tuple(tokenizer.special)))
             text, end = next(pairs)
             ids = iter(tokenizer.encode(text, control=True))
             return lambda logits: next(ids, None) or end()
-        monkeypatch.setattr(session, "choice", choice)
+        monkeypatch.setattr(session, "make_sampler", make_sampler)
         return prompts
     return play
 

@@ -194,14 +194,14 @@ def plain_messages(messages: list[dict], tools: list[dict], tokenizer: Tokenizer
     is behind the first system message, calls are behind an answer, neighbouring results share a turn of the user."""
     if tools and not any(message["role"] == "system" for message in messages):
         messages = [{"role": "system", "content": [chat_template(tokenizer).system]}, *messages]
-    tool_list = tagged(TOOL_LIST, tokenizer, json.dumps(tools, ensure_ascii=False)) if tools else []
+    tool_list = wrap_tags(TOOL_LIST, tokenizer, json.dumps(tools, ensure_ascii=False)) if tools else []
     waiting, plain, before = {"system": tool_list}, [], None
     for message in messages:
         role, (plain_role, template) = message["role"], PLAIN[message["role"]]
-        content = tagged(template, tokenizer, *message["content"]) + waiting.pop(role, [])
+        content = wrap_tags(template, tokenizer, *message["content"]) + waiting.pop(role, [])
         for call in message.get("tool_calls", ()):
             function = {**call["function"], "arguments": json.loads(call["function"]["arguments"])}
-            content += tagged(TOOL_CALL, tokenizer, json.dumps(function, ensure_ascii=False))
+            content += wrap_tags(TOOL_CALL, tokenizer, json.dumps(function, ensure_ascii=False))
         if role == before == "tool":
             plain[-1]["content"] += content
         else:
@@ -210,7 +210,7 @@ def plain_messages(messages: list[dict], tools: list[dict], tokenizer: Tokenizer
     return plain
 
 
-def tagged(template: str, tokenizer: Tokenizer, *inside: str | Media) -> list[str | Media]:
+def wrap_tags(template: str, tokenizer: Tokenizer, *inside: str | Media) -> list[str | Media]:
     """Tags of tools are control tokens in some vocabularies and plain text in others."""
     known = lambda part: str(part) if isinstance(part, Control) and part not in tokenizer.special else part
     return [known(part) for part in wrap(template, *inside)]
@@ -249,8 +249,9 @@ class ToolReplyParser(ReplyParser):
 
     def _tool_call(self, final: bool) -> tuple[str, str] | None:
         """A call ends at its closing tag, or with the answer."""
-        begun = re.match(r'\s*([{"]|\Z)', self.buffer)
-        found = re.match(CALL + r"(</tool_call>" + r"|\Z" * final + ")", self.buffer, re.DOTALL)
+        begun, ends = re.match(r'\s*([{"]|\Z)', self.buffer), final or "</tool_call>" in self.buffer
+        # Without a closing tag there is nothing to search for: a search would begin anew with every token.
+        found = ends and re.match(CALL + r"(</tool_call>" + r"|\Z" * final + ")", self.buffer, re.DOTALL)
         if begun and not found and not final:
             return None
         self.state, call = "content", found and parse_call(found[1].strip(), closed=bool(found[2]))

@@ -8,7 +8,6 @@ import argparse
 import atexit
 import os
 import sys
-from dataclasses import replace
 from typing import Callable, Iterator
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 
 from ernie_vl import ErnieVL, TextConfig, require
 from load_weights import SkipInit
+from run import RANK, WORLD_SIZE
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 DIVIDED = "num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size"
 SPLIT_DIM = {      # of the decoder's weights; names of the vision part are others
     "q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0, "o_proj": 1, "down_proj": 1}
@@ -56,7 +55,7 @@ def stage(rank: int, ranks: int) -> Callable:
         require(all(parameter.is_floating_point() for parameter in model.parameters()),
                 "quantised weights cannot be sharded: load the original checkpoint, with --quantize")
         with torch.device("meta"), SkipInit():
-            model = ErnieVL(replace(model.cfg, text=local_config(model.cfg.text, ranks)))
+            model = ErnieVL(model.cfg._replace(text=local_config(model.cfg.text, ranks))).float()
         all_reduce_outputs(model)
         return model, ((name, local_shard(name, tensor, rank, ranks)) for name, tensor in tensors)
     return shard
@@ -64,7 +63,7 @@ def stage(rank: int, ranks: int) -> Callable:
 
 def local_config(text: TextConfig, ranks: int) -> TextConfig:
     """The config of one process: embedding, head and the vision part are whole everywhere."""
-    return replace(text, **{name: divide(name, getattr(text, name), ranks) for name in DIVIDED})
+    return text._replace(**{name: divide(name, getattr(text, name), ranks) for name in DIVIDED})
 
 
 def divide(name: str, value: int | tuple[int, ...], ranks: int) -> int | tuple[int, ...]:

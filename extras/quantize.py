@@ -1,7 +1,7 @@
 """Weight-only quantisation: the decoder's linear layers in int8 or int4, for half or a third of the memory.
 
     python run.py --quantize int4 --image photo.jpg        quantises while loading, tensor by tensor
-    python -m extras.quantize FOLDER int4 --save OUT       writes a smaller copy, which loads like any other folder
+    python -m extras.quantize FOLDER int4 --save OUT       writes a smaller copy, which run.py loads like any other
 """
 import argparse
 import itertools
@@ -23,7 +23,8 @@ from load_weights import INDEX, Checkpoint, build_model, find_folder, open_check
 KINDS = "int8", "int4"
 GROUPS = 128, 64, 32, 16      # weights of a row that share a scale in int4: the largest of these that divides the row
 SHARD = 2 << 30               # bytes of a file of a quantised copy, about
-WEIGHTS = ".safetensors", ".bin", ".pt", ".pth"      # files that a quantised copy replaces
+# Files that a quantised copy replaces, or does not take along.
+WEIGHTS = ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".pdparams"
 
 
 class QuantizedLinear(nn.Module):
@@ -69,8 +70,8 @@ class QuantizedLinear(nn.Module):
         return ((number.unflatten(-1, (-1, self.group)) - 8) * scale + offset).flatten(-2)
 
     def pack(self) -> None:
-        """Puts int4 weights into the layout of torch's CPU kernel, which has no groups of 16. Not where the layer is to be
-        compiled, or saved."""
+        """Puts int4 weights into the layout of torch's CPU kernel, which has no groups of 16. Not for a layer that is to
+        be compiled or saved."""
         if self.group >= 32 and not self.packed:
             weight = torch._convert_weight_to_int4pack_for_cpu(self.unpack(self.weight).int(), 1)
             self.weight, self.packed = nn.Parameter(weight, False), True
@@ -78,7 +79,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:                                                 # (T, in) -> (T, out)
         y = x.bfloat16().contiguous()
         if len(x) == 1 and torch.compiler.is_compiling():
-            y = one_row(self.dequantized(self.weight, self.scale), y)
+            y = matvec(self.dequantized(self.weight, self.scale), y)
         elif self.packed:
             y = torch._weight_int4pack_mm_for_cpu(y, self.weight, self.group, self.scale)
         elif self.kind == "int8" and x.device.type == "cpu":
@@ -88,7 +89,7 @@ class QuantizedLinear(nn.Module):
         return y.type_as(x)
 
 
-def one_row(weight: Tensor, x: Tensor) -> Tensor:                                           # -> (..., out)
+def matvec(weight: Tensor, x: Tensor) -> Tensor:                                           # -> (..., out)
     """(..., out, in) times (..., in). A compiler makes one loop of this, which reads each weight once."""
     return (weight * x[..., None, :].float()).sum(-1).type_as(x)
 
@@ -112,11 +113,11 @@ def stage(kind: str) -> Callable:
     def quantize(model: ErnieVL, tensors: Iterator) -> tuple[ErnieVL, Iterator]:
         require(all(parameter.is_floating_point() for parameter in model.parameters()),
                 "the checkpoint is quantised already: load it without --quantize")
-        return model, quantized(tensors, quantize_layers(model, kind))
+        return model, quantize_tensors(tensors, quantize_layers(model, kind))
     return quantize
 
 
-def quantized(tensors: Iterator, layers: dict[str, QuantizedLinear]) -> Iterator[tuple[str, Tensor]]:
+def quantize_tensors(tensors: Iterator, layers: dict[str, QuantizedLinear]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
         if name in layers:
             tensor, scale = layers[name].quantize(tensor)
@@ -146,7 +147,7 @@ def save_quantized(folder: Path, kind: str, out: Path, progress: Callable = lamb
     require(not config.get("quantization_config"), f"{folder} is quantised already: name what it was made of")
     require(out.parent.is_dir() and not out.exists(), f"{out} cannot be made: name a new folder in one that exists")
     checkpoint = open_checkpoint(folder)
-    tensors = quantized(read_tensors(checkpoint), quantize_layers(checkpoint.model, kind))
+    tensors = quantize_tensors(read_tensors(checkpoint), quantize_layers(checkpoint.model, kind))
     sizes, free = [part.nbytes for part in checkpoint.model.parameters()], shutil.disk_usage(out.parent).free
     require(free > 1.05 * sum(sizes), f"{out} would take {sum(sizes):,} bytes, and {free:,} are free there")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".unfinished-") as unfinished:

@@ -63,8 +63,8 @@ def require_same_model(tokenizer: Tokenizer, cfg: Config) -> None:
     count, rows, special = len(tokenizer.pieces), cfg.text.vocab_size, tokenizer.special
     require(count <= rows, f"{count:,} pieces do not fit into {rows:,} rows: tokenizer.model is another model's")
     special = {MEDIA["video_token_id"]: special.get(MEDIA["image_token_id"]), **special}      # of released videos, too
-    wrong = [f"{key} is {vars(cfg)[key]} in config.json, and {name} is {special.get(name, 'none')} in the vocabulary"
-             for key, name in MEDIA.items() if vars(cfg)[key] != special.get(name)]
+    wrong = [f"{key} is {getattr(cfg, key)} in config.json, and {name} is {special.get(name, 'none')} in the vocabulary"
+             for key, name in MEDIA.items() if getattr(cfg, key) != special.get(name)]
     require(not (cfg.vision and wrong), f"{''.join(wrong[:1])}: one of the two files is another model's")
 
 

@@ -18,7 +18,7 @@ from ernie_vl import (Config, ErnieVL, InputError, Inputs, KVCache, generate, is
 from extras.boxes import ZOOM_TOOL, check_boxes_path, crop, draw_boxes, find_boxes_in, is_zoom, last_image
 from extras.messages import (ToolReplyParser, media_loader, plain_messages, read_messages, read_request,
                              read_text, to_json)
-from run import (Printer, check_output, choice, extra, load_model, log, question, report, save_logits,
+from run import (Printer, check_output, make_sampler, extra, load_model, log, question, report, save_logits,
                  write_atomically)
 from tokenizer import (Media, Tokenizer, chat_template, encode_chat, generation_prompt, load_image,
                        short_name)
@@ -85,7 +85,7 @@ class Session:
     def __init__(self, model: ErnieVL, tokenizer: Tokenizer, args: argparse.Namespace, clock: Clock, tools: list = ()):
         self.model, self.tokenizer, self.args, self.clock = model, tokenizer, args, clock
         self.tools = [*tools, ZOOM_TOOL] if args.zoom else list(tools)
-        self.load = loader(args, tokenizer.folder)
+        self.load_media = loader(args, tokenizer.folder)
         self.cache = PrefixCache(len(model.layers))
         self.ended, self.tokens, self.prompt_tokens, self.media_tokens = "stop", 0, 0, 0
 
@@ -127,7 +127,7 @@ class Session:
         return parser.message()
 
     def generate(self, inputs: Inputs) -> Iterator[int]:
-        choose = choice(self.args, self.tokenizer, self.model, inputs.ids.tolist())
+        choose = make_sampler(self.args, self.tokenizer, self.model, inputs.ids.tolist())
         rest, stop = self.cache.reuse(inputs, self.model.cfg), tuple(self.tokenizer.stop)
 
         def ids() -> Iterator[int]:
@@ -173,7 +173,7 @@ class Session:
             self.model(piece, self.cache.layers, only_last=True)
 
     def printer(self) -> Printer:
-        return (ZoomPrinter if self.args.zoom else Printer)(self.args.show_thinking)
+        return ReplyPrinter(self.args.show_thinking, self.args.zoom)
 
     def report(self) -> None:
         first, others = (self.clock.seconds.get(stage, 0) for stage in ("first_token", "other_tokens"))
@@ -190,14 +190,20 @@ class Session:
                 "seconds": {stage: round(seconds, 4) for stage, seconds in self.clock.seconds.items()}}
 
 
-class ZoomPrinter(Printer):
-    """Leaves out the zoom calls, which are run here: stderr tells of them."""
+class ReplyPrinter(Printer):
+    """Shows tool calls too, a line each; but not zoom calls that are run here, of which stderr tells."""
+
+    def __init__(self, show_thinking: bool, zooms: bool):
+        super().__init__(show_thinking)
+        self.zooms, self.styles["tool_call"] = zooms, "{}"
 
     def show(self, kind: str, text: str) -> None:
-        if kind != "tool_call" or not is_zoom(json.loads(text)):
+        if kind == "tool_call" and self.zooms and is_zoom(json.loads(text)):
+            print(end="\n" * bool(self.last), flush=True)
+            self.last = None
+        else:
+            print(end="\n" * (kind == self.last == "tool_call"))
             super().show(kind, text)
-        elif self.last:
-            self.end()
 
 
 # ---------------------------------------------------------------------------------------------- the command line
@@ -207,7 +213,7 @@ def run(args: argparse.Namespace, tokenizer: Tokenizer, device: str) -> None:
     check_flags(args)
     args.save_logits, args.boxes, args.out = map(check_output, (args.save_logits, args.boxes, args.out))
     generation_prompt(chat_template(tokenizer), args.think)
-    requests = extra("batch").unanswered(args) if args.batch else []
+    requests = extra("batch").open_requests(args) if args.batch else []
     messages, tools = conversation(args, tokenizer.folder)
     if not args.chat and not args.batch:
         check_question(messages)
@@ -250,7 +256,7 @@ def conversation(args: argparse.Namespace, folder: Path) -> tuple[list[dict], li
 
 
 def loader(args: argparse.Namespace, folder: Path) -> Callable[[str, str], Media]:
-    """What `read_messages` takes, with the options of the command line. In a batch stderr has a line a request already."""
+    """What `read_messages` takes, with the options of the command line. In a batch stderr has a line a request."""
     announce = lambda media: args.batch or log(f"{short_name(media.source)} {media.summary}")
     return media_loader(folder, args.max_pixels, args.fps, args.max_frames, announce)
 

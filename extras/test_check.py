@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import load_weights
 from extras import check, parallel, quantize
-from extras.check import inspect, memory, needs, problems, summary
+from extras.check import memory, memory_needed, open_incomplete, problems, summary
 from extras.conftest import ROOT, TINY
 from load_weights import (INDEX, Checkpoint, InputError, TensorInfo, build_model, by_canonical_name, load, match_tensors,
                           open_checkpoint)
@@ -40,11 +40,11 @@ class Said(Exception):
     """Ends loading where the sentence has been said."""
 
 
-def said(checkpoint: Checkpoint, device: str = "cpu", dtype=None, stages=(), compile: bool = False) -> str:
+def said(checkpoint: Checkpoint, device: str = "cpu", dtype=None, stages=(), compiled: bool = False) -> str:
     def log(sentence, redraw=False):
         raise Said(sentence)
     with pytest.raises((Said, InputError)) as sentence:
-        load(checkpoint, device, dtype, [*stages, memory(checkpoint, device, dtype, log, compile)])
+        load(checkpoint, device, dtype, [*stages, memory(checkpoint, device, dtype, log, compiled)])
     return str(sentence.value)
 
 
@@ -77,10 +77,10 @@ def test_what_a_cpu_uses_as_it_stands_is_mapped(tmp_path):
     routers = sum(size for name, size in bf16.items() if "_moe.gate." in name)
     experts = sum(size for name, size in bf16.items() if "_moe.experts." in name)
     others = sum(bf16.values()) - routers - experts
-    assert needs(checkpoint, checkpoint.model, "cpu", None) == (2 * routers, experts + others)
-    assert needs(checkpoint, checkpoint.model, "cpu", torch.bfloat16, compile=True) == (2 * routers + experts, others)
-    assert needs(checkpoint, checkpoint.model, "cpu", torch.float32) == (2 * (routers + experts + others), 0)
-    assert needs(checkpoint, checkpoint.model, "cuda", None) == (2 * routers + experts + others, 0)
+    assert memory_needed(checkpoint, checkpoint.model, "cpu", None) == (2 * routers, experts + others)
+    assert memory_needed(checkpoint, checkpoint.model, "cpu", torch.bfloat16, compiled=True) == (2 * routers + experts, others)
+    assert memory_needed(checkpoint, checkpoint.model, "cpu", torch.float32) == (2 * (routers + experts + others), 0)
+    assert memory_needed(checkpoint, checkpoint.model, "cuda", None) == (2 * routers + experts + others, 0)
 
 
 def test_an_int4_copy_is_packed_and_so_its_memory_is_own(tmp_path):
@@ -89,11 +89,11 @@ def test_an_int4_copy_is_packed_and_so_its_memory_is_own(tmp_path):
     checkpoint = quantize.open_quantized(tmp_path / "small")
     bytes_of = lambda *words: sum(parameter.nbytes for name, parameter in checkpoint.model.named_parameters()
                                   if parameter.dtype != torch.float32 and all(word in name for word in words))
-    own, mapped = needs(checkpoint, checkpoint.model, "cpu", None)
+    own, mapped = memory_needed(checkpoint, checkpoint.model, "cpu", None)
     assert mapped == bytes_of(".scale") > 0
     assert own == sum(parameter.nbytes for parameter in checkpoint.model.parameters()) - mapped
     experts = bytes_of("_moe.experts.")
-    assert needs(checkpoint, checkpoint.model, "cpu", None, compile=True)[1] == bytes_of() - experts > 0
+    assert memory_needed(checkpoint, checkpoint.model, "cpu", None, compiled=True)[1] == bytes_of() - experts > 0
 
 
 def test_too_large_a_model_is_refused_before_anything_is_read(free):
@@ -119,9 +119,9 @@ def test_the_28b_needs_what_the_readme_says(tmp_path, kind, needed):
     checkpoint = match_tensors(tmp_path, config, build_model(config), stored)
     if kind:
         quantize.quantize_layers(checkpoint.model, kind)
-    own, mapped = map(check.size, needs(checkpoint, checkpoint.model, "cuda", None))
+    own, mapped = map(check.format_bytes, memory_needed(checkpoint, checkpoint.model, "cuda", None))
     assert (own, mapped) == (needed, "0.0 kB") and check.bytes_of_a_token(checkpoint, checkpoint.model, None) == 57_344
-    own, mapped = map(check.size, needs(checkpoint, checkpoint.model, "cpu", None))
+    own, mapped = map(check.format_bytes, memory_needed(checkpoint, checkpoint.model, "cpu", None))
     assert kind or (own, mapped) == ("35.4 MB", "58.8 GB")
 
 
@@ -131,23 +131,24 @@ def table(checkpoint: Checkpoint) -> dict[str, str]:
 
 def test_memory_by_precision_and_device(tmp_path):
     """As it is announced before loading. What is quantised already cannot be once more."""
-    rows, checkpoint = table(inspect(TINY)), open_checkpoint(TINY)
+    rows, checkpoint = table(open_incomplete(TINY)), open_checkpoint(TINY)
     assert list(rows) == ["as", "bfloat16", "int8", "int4"]
     assert "7.6 MB on cuda, 7.6 MB and 0.0 kB mapped from disk on cpu; 2.0 kB a token" in rows["as"]
     assert " 1.0 kB a token" in rows["bfloat16"]
-    bf16 = needs(checkpoint, checkpoint.model, "cpu", torch.bfloat16)
-    assert bf16[1] == 0 and f"{check.size(bf16[0])} and 0.0 kB mapped" in rows["bfloat16"] and "4.3 MB on cuda" in rows["int8"]
+    bf16 = memory_needed(checkpoint, checkpoint.model, "cpu", torch.bfloat16)
+    assert bf16[1] == 0 and f"{check.format_bytes(bf16[0])} and 0.0 kB mapped" in rows["bfloat16"]
+    assert "4.3 MB on cuda" in rows["int8"]
     quantize.save_quantized(TINY, "int8", tmp_path / "small")
-    rows = table(inspect(tmp_path / "small"))
+    rows = table(open_incomplete(tmp_path / "small"))
     assert list(rows) == ["as", "bfloat16"] and "0.0 kB mapped" not in rows["as"]
 
 
 def test_memory_is_not_known_while_tensors_are_missing(tmp_path):
     """Nor in int4 where that does not divide the rows."""
     tensors = ref.hub_tensors(SMALL)
-    assert list(table(inspect(fixtures.write_folder(tmp_path, tensors, ref.config(SMALL))))) == ["as", "bfloat16", "int8"]
+    assert list(table(open_incomplete(fixtures.write_folder(tmp_path, tensors, ref.config(SMALL))))) == ["as", "bfloat16", "int8"]
     tensors.pop("model.norm.weight")
-    assert list(table(inspect(fixtures.write_folder(tmp_path, tensors, ref.config(SMALL))))) == ["not"]
+    assert list(table(open_incomplete(fixtures.write_folder(tmp_path, tensors, ref.config(SMALL))))) == ["not"]
 
 
 @pytest.mark.parametrize("args, ways", [
@@ -155,7 +156,7 @@ def test_memory_is_not_known_while_tensors_are_missing(tmp_path):
     (dict(media=[("image", "x")], quantize="int4", dtype="float32"), ["--max-pixels", "--dtype bfloat16", "a shorter prompt"]),
 ])
 def test_what_is_left_to_try_when_memory_runs_out(args, ways):
-    args = argparse.Namespace(**{"media": [], "quantize": None, "dtype": "auto"} | args)
+    args = argparse.Namespace(**{"media": [], "prompt": "x", "quantize": None, "dtype": "auto"} | args)
     with pytest.raises(RuntimeError) as on_cpu:
         torch.empty(10**13)
     on_gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
@@ -206,7 +207,7 @@ def test_a_folder_that_is_half_here(run_check, tmp_path):
 def test_problems_name_what_is_closest(tmp_path, dropped, added, expected):
     tensors = ref.hub_tensors(SMALL) | ({added: torch.ones(96)} if added else {})
     tensors.pop(dropped, None)
-    assert problems(inspect(fixtures.write_folder(tmp_path, tensors, ref.config(SMALL)))) == expected
+    assert problems(open_incomplete(fixtures.write_folder(tmp_path, tensors, ref.config(SMALL)))) == expected
 
 
 def test_only_the_first_problems_are_listed(run_check, tmp_path):
@@ -224,7 +225,7 @@ def test_the_bundled_checkpoint_is_complete(run_check):
 @pytest.mark.parametrize("kind, dtypes", [("int8", "BF16, F16, I8"), ("int4", "BF16, F16, U8")])
 def test_a_quantised_folder_has_the_parameters_of_the_original(tmp_path, kind, dtypes):
     quantize.save_quantized(TINY, kind, tmp_path / "small")
-    rows = {row.split()[0]: row for row in summary(inspect(tmp_path / "small")).splitlines()}
+    rows = {row.split()[0]: row for row in summary(open_incomplete(tmp_path / "small")).splitlines()}
     assert "1,895,088" in rows["parameters"] and dtypes in rows["files"] and "0 missing, 0 unexpected" in rows["tensors"]
 
 

@@ -75,7 +75,7 @@ def test_every_kernel_computes_the_product(kind, columns):
     for rows in (1, 5):
         x = torch.randn(rows, columns, generator=torch.manual_seed(1))
         exact = x.bfloat16().float() @ found.T
-        products = [layer(x), packed(x)] + [quantize.one_row(found, x)] * (rows == 1)
+        products = [layer(x), packed(x)] + [quantize.matvec(found, x)] * (rows == 1)
         assert all(distance(product, exact) < 0.02 * exact.abs().max() for product in products)
         assert layer(x.bfloat16()).dtype == torch.bfloat16 and layer(x).dtype == torch.float32
 

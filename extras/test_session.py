@@ -2,9 +2,9 @@
 import base64
 import contextlib
 import copy
-import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -294,7 +294,7 @@ def test_the_reply_says_why_it_ended(script, ask):
 def test_an_answer_ends_where_the_context_does(model):
     model, talk = copy.copy(model), opened(model)
     room = len(talk.inputs([asked("Hi")]).ids) + 2
-    model.cfg = dataclasses.replace(model.cfg, text=dataclasses.replace(model.cfg.text, max_position_embeddings=room))
+    model.cfg = model.cfg._replace(text=model.cfg.text._replace(max_position_embeddings=room))
     talk = opened(model)
     talk.converse([asked("Hi")])
     assert (talk.ended, talk.tokens) == ("length", 2)
@@ -414,3 +414,10 @@ def test_what_a_folder_cannot_do_is_said_before_it_is_loaded(ask, tmp_path):
     (tmp_path / "added_tokens.json").write_text(json.dumps({name: id for name, id in added.items() if "think" not in name}))
     code, out, err = ask("--prompt", "Hi", "--json", "--think", "--model", tmp_path)
     assert code == 2 and out == "" and err.count("\n") == 1 and "think" in err
+
+
+def test_a_part_of_extras_that_is_missing_is_named(ask, monkeypatch):
+    monkeypatch.setitem(sys.modules, "extras.boxes", None)
+    monkeypatch.delitem(sys.modules, "extras.session")
+    code, out, err = ask("--prompt", "Hi", "--json")
+    assert (code, out) == (2, "") and "extras/boxes.py" in err

@@ -30,13 +30,13 @@ COLUMN = "patches.new_tensor({})[:, None].type_as(self.patch_embed.weight)"
 PIXELS = f"({PATCHES}.view(-1, 3, 196) * {COLUMN.format(STD)} + {COLUMN.format(MEAN)})"
 QKV, SDPA = "self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)", "F.scaled_dot_product_attention(*qkv)"
 FRAMES, PAIRS = "[h * w for t, h, w in grids for _ in range(t)]", "(frames[0::2], frames[1::2])"
-PLACES, AFTER = "torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T", "before + max(t, h, w)"
+PLACES, AFTER = "torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T", "max(t, h, w) - len(run)"
 AXES, RATES = "[1, 2] * pairs_h + [0] * pairs_t", "inv_freq(len(axis), cfg.rope_theta, like)"
 VISION_RATES = "inv_freq(self.head_dim // 4, VISION_ROPE_THETA, self.patch_embed.weight)"
-TURNED, BIASED = "angles.cos(), angles.sin()", "scores + self.e_score_correction_bias"
+TURNED, BIASED = "angles.cos(), angles.sin()", "p + self.e_score_correction_bias"
 ATTEND, CAUSAL = "x + self.self_attn(self.input_layernorm(x), cos, sin, cache)", "k, v, mask, is_causal=T == S)"
 SWIGLU, SHARED = "F.silu(self.gate_proj(x)) * self.up_proj(x)", "y + self.shared_experts(x)"
-EXPERT = "weights[token, slot, None] * self.experts[e](x[token])"
+EXPERT = "weights[token_idx, slot, None] * self.experts[e](x[token_idx])"
 WEIGHTS = "(weights / weights.sum(-1, keepdim=True).clamp(min=1e-12))"
 LOGITS = "F.linear(widen(x), widen(self.weight))"
 BOTH, ADD_MLP = "for experts, mask in", "return x + (self.mlp(y, is_vision) if self.sparse else self.mlp(y))"
@@ -73,8 +73,8 @@ MISTAKES = {  # "an implementation in which ..."
     "the ViT's positions count along the patches, in one dimension": at(
         "patch_coordinates", "return blocks.transpose(1, 2).reshape(h * w, 2)",
         "return torch.arange(h * w)[:, None].expand(-1, 2)"),
-    "the ViT has no rotary embedding": at("VisionTransformer", TURNED + "\n        frames",
-                                          "torch.ones_like(angles), 0 * angles\n        frames"),
+    "the ViT has no rotary embedding": at("VisionTransformer", TURNED + "\n        frame_sizes",
+                                          "torch.ones_like(angles), 0 * angles\n        frame_sizes"),
     "the ViT's frequencies are spread over d instead of d/2": at(
         "VisionTransformer", "VISION_ROPE_THETA = 10_000.0", "VISION_ROPE_THETA = 100.0"),
     "the ViT's rotary theta is that of the decoder, 500,000": at(
@@ -116,8 +116,8 @@ MISTAKES = {  # "an implementation in which ..."
     "the ViT has SiLU instead of QuickGELU": at("VisionMLP", "a * torch.sigmoid(1.702 * a)", "F.silu(a)"),
     "the ViT has ReLU instead of QuickGELU": at("VisionMLP", "a * torch.sigmoid(1.702 * a)", "F.relu(a)"),
     "the ViT's blocks take the norms after the residual sums": at(
-        "VisionBlock", "x = x + self.attn(self.norm1(x), cos, sin, frames)",
-        "x = self.norm1(x + self.attn(x, cos, sin, frames))",
+        "VisionBlock", "x = x + self.attn(self.norm1(x), cos, sin, frame_sizes)",
+        "x = self.norm1(x + self.attn(x, cos, sin, frame_sizes))",
         "return x + self.mlp(self.norm2(x))", "return self.norm2(x + self.mlp(x))"),
     "the first norm of the ViT's blocks is missing": at("VisionBlock", "self.attn(self.norm1(x)", "self.attn((x)"),
     "the second norm of the ViT's blocks is missing": at("VisionBlock", "self.mlp(self.norm2(x))", "self.mlp(x)"),
@@ -153,15 +153,16 @@ MISTAKES = {  # "an implementation in which ..."
         "class WithoutNorm(nn.Sequential):\n    def forward(self, x):\n        return self[2](self[1](self[0](x)))\n\n"
         "\ndef merge_mlp"),
     "the resampler joins four neighbours of a row instead of 2 x 2 patches": at(
-        "Resampler", "x, pairs = self.spatial_linear(x.reshape(-1, self.width)), []",
+        "Resampler", "x = self.spatial_linear(x.reshape(-1, self.merged_width))",
         "x = torch.cat([one.view(t, h // 2, w // 2, 2, 2, -1).transpose(2, 3).flatten(0, 4) for one, (t, h, w) in\n"
         "            zip(x.split([t * h * w for t, h, w in grids]), grids)])\n"
-        "        x, pairs = self.spatial_linear(x.reshape(-1, self.width)), []"),
+        "        x = self.spatial_linear(x.reshape(-1, self.merged_width))"),
     "the resampler joins 2 x 2 patches column by column": at(
-        "Resampler", "x.reshape(-1, self.width)",
-        "x.view(-1, 2, 2, x.shape[1]).transpose(1, 2).reshape(-1, self.width)"),
+        "Resampler", "x.reshape(-1, self.merged_width)",
+        "x.view(-1, 2, 2, x.shape[1]).transpose(1, 2).reshape(-1, self.merged_width)"),
     "the resampler joins 2 x 2 patches channel by channel": at(
-        "Resampler", "x.reshape(-1, self.width)", "x.view(-1, 4, x.shape[1]).transpose(1, 2).reshape(-1, self.width)"),
+        "Resampler", "x.reshape(-1, self.merged_width)",
+        "x.view(-1, 4, x.shape[1]).transpose(1, 2).reshape(-1, self.merged_width)"),
     "an image is paired with zeros instead of itself": at(
         "Resampler", "(frames, frames) if", "(frames, 0 * frames) if"),
     "odd and even frames are swapped": at("Resampler", PAIRS, "(frames[1::2], frames[0::2])"),
@@ -178,7 +179,8 @@ MISTAKES = {  # "an implementation in which ..."
                                     "class RMSNorm(", "def centred(norm, x):\n    return F.layer_norm("
                                     "x, x.shape[-1:], norm.weight, None, norm.eps)\n\n\nclass RMSNorm("),
     "after_norm has the epsilon of the LayerNorms, 1e-6": at(
-        "Resampler", "self.after_norm = RMSNorm(width, eps)", "self.after_norm = RMSNorm(width, LAYER_NORM_EPS)"),
+        "Resampler", "self.after_norm = RMSNorm(decoder_width, eps)",
+        "self.after_norm = RMSNorm(decoder_width, LAYER_NORM_EPS)"),
     "the features of images stand before those of videos": at(
         "ErnieVL.embed", "y = self.resampler_model(y, inputs.grids)",
         "y = self.resampler_model(y, inputs.grids)\n"
@@ -187,24 +189,24 @@ MISTAKES = {  # "an implementation in which ..."
         " sorted(zip(parts, inputs.grids), key=lambda one: one[1][0] > 1)])"),
     # ---- positions and rotary embedding of the decoder
     "every token has one position, as if there were text alone": at(
-        "token_positions", "return torch.cat(out, dim=1)", "return torch.arange(len(ids)).expand(3, -1)"),
+        "token_positions", "return positions", "return torch.arange(len(ids)).expand(3, -1)"),
     "positions are listed as time, column, row": at(
-        "token_positions", "return torch.cat(out, dim=1)", "return torch.cat(out, dim=1)[[0, 2, 1]]"),
+        "token_positions", "return positions", "return positions[[0, 2, 1]]"),
     "image tokens are numbered column by column": at(
         "token_positions", PLACES,
         "torch.cartesian_prod(torch.arange(t), torch.arange(w), torch.arange(h)).T[[0, 2, 1]]"),
     "image tokens are numbered along the line": at("token_positions", PLACES, "torch.arange(t * h * w).expand(3, -1)"),
-    "image tokens are numbered from 0": at("token_positions", PLACES + " + start + before", PLACES),
+    "image tokens are numbered from 0": at("token_positions", "positions[:, first : first + 1] + inside", "inside"),
     "rows and columns of image tokens are counted in patches": at(
         "token_positions", PLACES, "torch.cartesian_prod(torch.arange(t), 2 * torch.arange(h), 2 * torch.arange(w)).T"),
     "time counts frames instead of pairs of frames": at(
         "token_positions", PLACES, "torch.cartesian_prod(2 * torch.arange(t), torch.arange(h), torch.arange(w)).T"),
-    "text continues after the number of image tokens": at("token_positions", AFTER, "before + t * h * w"),
-    "text continues after the number of rows": at("token_positions", AFTER, "before + h"),
-    "text continues after the number of columns": at("token_positions", AFTER, "before + w"),
-    "text after a video continues without regard to time": at("token_positions", AFTER, "before + max(h, w)"),
-    "text continues one position too early": at("token_positions", AFTER, "before + max(t, h, w) - 1"),
-    "text continues one position too late": at("token_positions", AFTER, "before + max(t, h, w) + 1"),
+    "text continues after the number of image tokens": at("token_positions", AFTER, "t * h * w - len(run)"),
+    "text continues after the number of rows": at("token_positions", AFTER, "h - len(run)"),
+    "text continues after the number of columns": at("token_positions", AFTER, "w - len(run)"),
+    "text after a video continues without regard to time": at("token_positions", AFTER, "max(h, w) - len(run)"),
+    "text continues one position too early": at("token_positions", AFTER, "max(t, h, w) - len(run) - 1"),
+    "text continues one position too late": at("token_positions", AFTER, "max(t, h, w) - len(run) + 1"),
     "h and w are swapped in the decoder's rotary embedding": at("rotary", AXES, "[2, 1] * pairs_h + [0] * pairs_t"),
     "the rotary sections stand side by side, h, w, t": at(
         "rotary", AXES, "[1] * pairs_h + [2] * pairs_h + [0] * pairs_t"),
@@ -259,11 +261,11 @@ MISTAKES = {  # "an implementation in which ..."
         "Attention", "q = rotate_pairs(q, cos, sin).transpose(0, 1)", "q = q.transpose(0, 1)"),
     # ---- attention of the decoder
     "key heads are tiled instead of repeated": at(
-        "attend", "z[:, None].expand(-1, len(q) // len(z), -1, -1)",
-        "z.tile(len(q) // len(z), 1, 1).unflatten(0, (len(z), -1))"),
+        "attend", "x[:, None].expand(-1, len(q) // len(x), -1, -1)",
+        "x.tile(len(q) // len(x), 1, 1).unflatten(0, (len(x), -1))"),
     "every query head reads the first key head": at(
-        "attend", "z[:, None].expand(-1, len(q) // len(z), -1, -1)",
-        "z[:1, None].expand(len(z), len(q) // len(z), -1, -1)"),
+        "attend", "x[:, None].expand(-1, len(q) // len(x), -1, -1)",
+        "x[:1, None].expand(len(x), len(q) // len(x), -1, -1)"),
     "the causal mask is missing": at("attend", CAUSAL, "k, v, mask, is_causal=False)"),
     "a token does not attend to itself": at(
         "attend", CAUSAL, "k, v, torch.ones(T, S).tril(-1).bool() | (torch.arange(S) == 0))"),
@@ -331,7 +333,7 @@ MISTAKES = {  # "an implementation in which ..."
     # ---- mixture of experts
     "gate and up are swapped": at("MLP", SWIGLU, "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
     "gate and up are swapped in the routed experts": at(
-        "Experts", EXPERT, EXPERT.replace("self.experts[e](x[token])", "swapped(self.experts[e], x[token])"),
+        "Experts", EXPERT, EXPERT.replace("self.experts[e](x[token_idx])", "swapped(self.experts[e], x[token_idx])"),
         "class Router(",
         "def swapped(mlp, x):\n    return mlp.down_proj(F.silu(mlp.up_proj(x)) * mlp.gate_proj(x))\n\n\nclass Router("),
     "gate and up stand in turns, not in halves": at(
@@ -344,7 +346,7 @@ MISTAKES = {  # "an implementation in which ..."
     "the MLPs have QuickGELU instead of SiLU": at(
         "MLP", SWIGLU, "(a := self.gate_proj(x)) * torch.sigmoid(1.702 * a) * self.up_proj(x)"),
     "the routed experts have GELU instead of SiLU": at(
-        "Experts", EXPERT, EXPERT.replace("self.experts[e](x[token])", "with_gelu(self.experts[e], x[token])"),
+        "Experts", EXPERT, EXPERT.replace("self.experts[e](x[token_idx])", "with_gelu(self.experts[e], x[token_idx])"),
         "class Router(",
         "def with_gelu(mlp, x):\n    return mlp.down_proj(F.gelu(mlp.gate_proj(x)) * mlp.up_proj(x))\n\n\n"
         "class Router("),
@@ -382,15 +384,15 @@ MISTAKES = {  # "an implementation in which ..."
         "# (T, D) -> (T, D)\n weights, chosen = self.gate(x)",
         "def forward(self, x, bias):\n        weights, chosen = self.gate(x, bias)",
         "def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:", "def forward(self, x, bias):", BIASED,
-        "scores + bias"),
-    "the router's bias also weighs": at("Router", "scores.gather(", f"({BIASED}).gather("),
-    "the router's bias is ignored": at("Router", f"({BIASED}).topk", "scores.topk"),
+        "p + bias"),
+    "the router's bias also weighs": at("Router", "p.gather(", f"({BIASED}).gather("),
+    "the router's bias is ignored": at("Router", f"({BIASED}).topk", "p.topk"),
     "the router's bias is added to the logits": at(
-        "Router", f"({BIASED}).topk", "(scores.log() + self.e_score_correction_bias).topk"),
+        "Router", f"({BIASED}).topk", "(p.log() + self.e_score_correction_bias).topk"),
     "the router's bias is added to the logits and also weighs": at(
-        "Router", f"chosen = ({BIASED}).topk", "scores = (scores.log() + self.e_score_correction_bias).softmax(-1)\n"
-        "        chosen = scores.topk"),
-    "the router's bias is subtracted": at("Router", f"({BIASED}).topk", "(scores - self.e_score_correction_bias).topk"),
+        "Router", f"chosen = ({BIASED}).topk", "p = (p.log() + self.e_score_correction_bias).softmax(-1)\n"
+        "        chosen = p.topk"),
+    "the router's bias is subtracted": at("Router", f"({BIASED}).topk", "(p - self.e_score_correction_bias).topk"),
     "the weights of the chosen experts do not sum to 1": at("Router", WEIGHTS, "weights"),
     "the weights of the chosen experts are softmax of their probabilities": at(
         "Router", WEIGHTS, "weights.softmax(-1)"),
@@ -399,14 +401,14 @@ MISTAKES = {  # "an implementation in which ..."
     "the weights of the chosen experts sum to the number of them": at("Router", WEIGHTS, f"(self.k * {WEIGHTS})"),
     "the weights of the chosen experts are in another order": at("Router", WEIGHTS, f"{WEIGHTS}.flip(-1)"),
     "the input of the experts is weighed instead of their output": at(
-        "Experts", EXPERT, "self.experts[e](weights[token, slot, None] * x[token])"),
+        "Experts", EXPERT, "self.experts[e](weights[token_idx, slot, None] * x[token_idx])"),
     "one expert fewer is chosen": at("Router", ".topk(self.k)", ".topk(self.k - 1)"),
     "one expert more is chosen": at("Router", ".topk(self.k)", ".topk(self.k + 1)"),
     "one expert alone is chosen": at("Router", ".topk(self.k)", ".topk(1)"),
     "experts are in lexical order, 0, 1, 10, 11, 2": at(
-        "Experts", "self.experts[e](x[token])",
-        "self.experts[int(sorted(map(str, range(len(self.experts))))[e])](x[token])"),
-    "experts are counted from 1": at("Experts", "self.experts[e](x[token])", "self.experts[e - 1](x[token])"),
+        "Experts", "self.experts[e](x[token_idx])",
+        "self.experts[int(sorted(map(str, range(len(self.experts))))[e])](x[token_idx])"),
+    "experts are counted from 1": at("Experts", "self.experts[e](x[token_idx])", "self.experts[e - 1](x[token_idx])"),
     "the shared experts are missing": at("ModalityMoE", SHARED, "y"),
     "the shared experts count half": at("ModalityMoE", SHARED, "y + self.shared_experts(x) / 2"),
     "shared and routed experts are averaged": at("ModalityMoE", SHARED, f"({SHARED}) / 2"),
@@ -442,7 +444,7 @@ def with_mistakes(source: str, *names: str) -> str:
 
 
 def execute(source: str) -> types.ModuleType:
-    sys.modules["edited"] = module = types.ModuleType("edited")      # where dataclasses look their module up
+    sys.modules["edited"] = module = types.ModuleType("edited")
     exec(compile(source, FILE, "exec"), module.__dict__)
     return module
 
