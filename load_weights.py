@@ -187,7 +187,7 @@ def build_model(config: dict) -> ErnieVL:
     """config.json -> the model on the meta device: shapes without memory."""
     require(not config.get("quantization_config"), "quantised weights: open_quantized in extras/quantize.py reads them")
     with torch.device("meta"), SkipInit():
-        return ErnieVL(read_config(config)).float()      # whatever torch's default is
+        return ErnieVL(read_config(config))
 
 
 # ------------------------------------------------------------------------- 2. the files, and what they hold
@@ -367,7 +367,9 @@ def read_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 def wanted_dtype(name: str, parameter: Tensor, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
     """Routers and their biases are fp32 whatever is stored, as in training, or fp64 in an fp64 model. What a stage has
     given a dtype of its own keeps it. fp16 would overflow."""
-    if "_moe.gate." in name and asked != torch.float64 or parameter.dtype != torch.float32:
+    if "_moe.gate." in name:
+        return torch.promote_types(asked or torch.float32, torch.float32)
+    if parameter.dtype != torch.get_default_dtype():
         return parameter.dtype
     return asked or {torch.float16: torch.float32}.get(stored, stored)
 

@@ -55,7 +55,7 @@ def stage(rank: int, ranks: int) -> Callable:
         require(all(parameter.is_floating_point() for parameter in model.parameters()),
                 "quantised weights cannot be sharded: load the original checkpoint, with --quantize")
         with torch.device("meta"), SkipInit():
-            model = ErnieVL(model.cfg._replace(text=local_config(model.cfg.text, ranks))).float()
+            model = ErnieVL(model.cfg._replace(text=local_config(model.cfg.text, ranks)))
         all_reduce_outputs(model)
         return model, ((name, local_shard(name, tensor, rank, ranks)) for name, tensor in tensors)
     return shard
