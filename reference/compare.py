@@ -314,9 +314,11 @@ def sentences(search: Search) -> list[str]:
     if nearest is None:
         return ["none of the known mistakes changes these stages"]
     apart, right = nearest.distances.get(last, math.inf), search.truth.distances.get(last, math.inf)
-    return [f"none of the known mistakes gives your numbers, and no two of them that were tried; the closest, "
-            f"at {apart:.1e} in {last}, where ours is at {right:.1e}, is an implementation in which "
-            f"{describe(nearest.names)}"]
+    unknown = "none of the known mistakes gives your numbers, and no two of them that were tried"
+    if apart > right / 2:
+        return [f"{unknown}: begin at the first stage that is wrong"]
+    return [f"{unknown}; the closest, at {apart:.1e} in {last}, where ours is at {right:.1e}, "
+            f"is an implementation in which {describe(nearest.names)}"]
 
 
 # ------------------------------------------------------------------------------------------------------------ main

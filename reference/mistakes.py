@@ -23,6 +23,11 @@ def at(place: str, *edits: str) -> Mistake:
     return Mistake(place, tuple(zip(edits[::2], edits[1::2], strict=True)))
 
 
+def head(logits: str) -> tuple[str, ...]:
+    return ("self.lm_head = nn.Linear(", "self.lm_head = Head(", "class ErnieVL(",
+            f"class Head(nn.Linear):\n    def forward(self, x):\n        return {logits}\n\n\nclass ErnieVL(")
+
+
 # Words that several mistakes begin from. `PIXELS` are the colours as numbers from 0 to 1, (N, 3, 196).
 PATCHES, LN = "patches.type_as(self.patch_embed.weight)", "LAYER_NORM_EPS)"
 STD, MEAN = "(0.26862954, 0.26130258, 0.27577711)", "(0.48145466, 0.4578275, 0.40821073)"
@@ -40,6 +45,8 @@ EXPERT = "weights[token_idx, slot, None] * self.experts[e](x[token_idx])"
 WEIGHTS = "(weights / weights.sum(-1, keepdim=True).clamp(min=1e-12))"
 LOGITS = "F.linear(widen(x), widen(self.weight))"
 BOTH, ADD_MLP = "for experts, mask in", "return x + (self.mlp(y, is_vision) if self.sparse else self.mlp(y))"
+PLAIN = ("self.after_norm = RMSNorm(decoder_width, eps)",      # after_norm is the resampler's: it stays as it is
+         "self.after_norm = RMSNorm(decoder_width, eps)\n        self.after_norm.plain = True")
 NORM1, NORM2 = (f"self.norm{n} = nn.LayerNorm(cfg.hidden_size, {LN}" for n in (1, 2))
 
 MISTAKES = {  # "an implementation in which ..."
@@ -187,6 +194,7 @@ MISTAKES = {  # "an implementation in which ..."
         "            parts = y.split([t * h * w for t, h, w in map(token_grid, inputs.grids)])\n"
         "            y = torch.cat([part for part, _ in"
         " sorted(zip(parts, inputs.grids), key=lambda one: one[1][0] > 1)])"),
+    "image features stand one placeholder too late": at("ErnieVL.embed", "= y.type_as(x)", "= y.type_as(x).roll(1, 0)"),
     # ---- positions and rotary embedding of the decoder
     "every token has one position, as if there were text alone": at(
         "token_positions", "return positions", "return torch.arange(len(ids)).expand(3, -1)"),
@@ -201,6 +209,18 @@ MISTAKES = {  # "an implementation in which ..."
         "token_positions", PLACES, "torch.cartesian_prod(torch.arange(t), 2 * torch.arange(h), 2 * torch.arange(w)).T"),
     "time counts frames instead of pairs of frames": at(
         "token_positions", PLACES, "torch.cartesian_prod(2 * torch.arange(t), torch.arange(h), torch.arange(w)).T"),
+    "time counts frames instead of pairs of frames, and text continues behind the largest": at(
+        "token_positions", PLACES, "torch.cartesian_prod(2 * torch.arange(t), torch.arange(h), torch.arange(w)).T",
+        AFTER, "max(2 * t - 1, h, w) - len(run)"),
+    "rows and columns are counted in patches, and text continues behind the largest": at(
+        "token_positions", PLACES, "torch.cartesian_prod(torch.arange(t), 2 * torch.arange(h), 2 * torch.arange(w)).T",
+        AFTER, "max(t, 2 * h, 2 * w) - len(run)"),
+    "rows and columns of image tokens are numbered from 0": at(
+        "token_positions", "positions[:, first : first + 1] + inside",
+        "positions[:, first : first + 1] * torch.tensor([[1], [0], [0]]) + inside"),
+    "the frames of a video have the same time": at(
+        "token_positions", PLACES, "torch.cartesian_prod(0 * torch.arange(t), torch.arange(h), torch.arange(w)).T"),
+    "an image counts as one position": at("token_positions", AFTER, "1 - len(run)"),
     "text continues after the number of image tokens": at("token_positions", AFTER, "t * h * w - len(run)"),
     "text continues after the number of rows": at("token_positions", AFTER, "h - len(run)"),
     "text continues after the number of columns": at("token_positions", AFTER, "w - len(run)"),
@@ -212,6 +232,8 @@ MISTAKES = {  # "an implementation in which ..."
         "rotary", AXES, "[1] * pairs_h + [2] * pairs_h + [0] * pairs_t"),
     "the rotary sections stand side by side, t, h, w": at(
         "rotary", AXES, "[0] * pairs_t + [1] * pairs_h + [2] * pairs_h"),
+    "the rotary sections stand side by side, t, h, w, of the sizes for h, w, t": at(
+        "rotary", AXES, "[0] * pairs_h + [1] * pairs_h + [2] * pairs_t"),
     "time takes the fast rotary pairs": at("rotary", AXES, "[0] * pairs_t + [1, 2] * pairs_h"),
     "the rotary pairs alternate t, h, w": at(
         "rotary", AXES, "([0, 1, 2] * len(cfg.mrope_section * 99))[: 2 * pairs_h + pairs_t]"),
@@ -275,6 +297,13 @@ MISTAKES = {  # "an implementation in which ..."
         "cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:   # (T, D) -> (T, D)",
         "cos, sin, cache, is_vision):",
         "attend(q, *kv)", "attend(q, *kv, is_vision)", ATTEND, ATTEND[:-1] + ", is_vision)"),
+    "the tokens of an image or a video attend to each other in both directions, without its markers": at(
+        "attend", "def attend(q: Tensor, k: Tensor, v: Tensor)", "def attend(q, k, v, is_vision)",
+        CAUSAL, "k, v, torch.ones(T, S).tril().bool() | ((run := (is_vision.diff(prepend=is_vision[:1])).cumsum(0))"
+        "[:, None] == run) & (inner := is_vision & is_vision.roll(1) & is_vision.roll(-1))[:, None] & inner)",
+        "cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:   # (T, D) -> (T, D)",
+        "cos, sin, cache, is_vision):",
+        "attend(q, *kv)", "attend(q, *kv, is_vision)", ATTEND, ATTEND[:-1] + ", is_vision)"),
     "attention scores are not divided by √d": at("attend", CAUSAL, CAUSAL[:-1] + ", scale=1.0)"),
     "attention scores are divided by d instead of √d": at("attend", CAUSAL, CAUSAL[:-1] + ", scale=1 / q.shape[2])"),
     "attention scores are divided by √(D/H) instead of √d": at(
@@ -300,8 +329,12 @@ MISTAKES = {  # "an implementation in which ..."
         "(1 / (y.square().mean(-1, keepdim=True).sqrt() + self.eps))"),
     "the RMSNorms multiply by 1 + weight": at(
         "RMSNorm", ".type_as(x) * self.weight", ".type_as(x) * (1 + self.weight)"),
+    "the RMSNorms of the decoder multiply by 1 + weight": at(
+        "RMSNorm", ".type_as(x) * self.weight", ".type_as(x) * (self.weight + (not hasattr(self, 'plain')))", *PLAIN),
     "the RMSNorms have no weight": at("RMSNorm", ".type_as(x) * self.weight", ".type_as(x)"),
     "the RMSNorms subtract the mean": at("RMSNorm", "y = widen(x)", "y = widen(x - x.mean(-1, keepdim=True))"),
+    "the RMSNorms of the decoder subtract the mean": at(
+        "RMSNorm", "y = widen(x)", "y = widen(x if hasattr(self, 'plain') else x - x.mean(-1, keepdim=True))", *PLAIN),
     "the decoder's layers normalise after the residual sums": at(
         "DecoderLayer", ATTEND, "self.input_layernorm(x + self.self_attn(x, cos, sin, cache))",
         "y = self.post_attention_layernorm(x)", "y = x",
@@ -330,12 +363,27 @@ MISTAKES = {  # "an implementation in which ..."
         "self.norm(x - x.mean(-1, keepdim=True))"),
     "the head is the embedding matrix though the model is not tied": at(
         "ErnieVL.tie_weights", "if self.cfg.text.tie_word_embeddings:", "if True:"),
+    "the logits are scaled by 1/√D": at("ErnieVL.forward", *head("F.linear(x, self.weight) * x.shape[-1]**-0.5")),
+    "the logits are capped at 30 with a tanh": at(
+        "ErnieVL.forward", *head("30 * torch.tanh(F.linear(x, self.weight) / 30)")),
+    "the logits of a token stand in the next row": at("ErnieVL.forward", *head("F.linear(x, self.weight).roll(1, 0)")),
+    "the head's rows are shifted by one token id": at("ErnieVL.forward", *head("F.linear(x, self.weight).roll(1, 1)")),
     # ---- mixture of experts
     "gate and up are swapped": at("MLP", SWIGLU, "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
     "gate and up are swapped in the routed experts": at(
         "Experts", EXPERT, EXPERT.replace("self.experts[e](x[token_idx])", "swapped(self.experts[e], x[token_idx])"),
         "class Router(",
         "def swapped(mlp, x):\n    return mlp.down_proj(F.silu(mlp.up_proj(x)) * mlp.gate_proj(x))\n\n\nclass Router("),
+    "gate and up are swapped in the dense and shared MLPs": at(
+        "MLP", SWIGLU, "F.silu(self.up_proj(x)) * self.gate_proj(x)",
+        EXPERT, EXPERT.replace("self.experts[e](x[token_idx])", "straight(self.experts[e], x[token_idx])"),
+        "class Router(",
+        "def straight(mlp, x):\n    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))\n\n\n"
+        "class Router("),
+    "gate and up of the routed experts stand in turns, not in halves": at(
+        "Experts", EXPERT, EXPERT.replace("self.experts[e](x[token_idx])", "in_turns(self.experts[e], x[token_idx])"),
+        "class Router(", "def in_turns(mlp, x):\n    both = torch.cat((mlp.gate_proj(x), mlp.up_proj(x)), -1)\n"
+        "    return mlp.down_proj(F.silu(both[:, 0::2]) * both[:, 1::2])\n\n\nclass Router("),
     "gate and up stand in turns, not in halves": at(
         "MLP", SWIGLU,
         "F.silu((both := torch.cat((self.gate_proj(x), self.up_proj(x)), -1))[:, 0::2]) * both[:, 1::2]"),
@@ -392,6 +440,9 @@ MISTAKES = {  # "an implementation in which ..."
     "the router's bias is added to the logits and also weighs": at(
         "Router", f"chosen = ({BIASED}).topk", "p = (p.log() + self.e_score_correction_bias).softmax(-1)\n"
         "        chosen = p.topk"),
+    "the router's bias is added to the logits before the softmax": at(
+        "Router", f"self.softmax({LOGITS})", f"self.softmax({LOGITS} + self.e_score_correction_bias)",
+        f"({BIASED}).topk", "p.topk"),
     "the router's bias is subtracted": at("Router", f"({BIASED}).topk", "(p - self.e_score_correction_bias).topk"),
     "the weights of the chosen experts do not sum to 1": at("Router", WEIGHTS, "weights"),
     "the weights of the chosen experts are softmax of their probabilities": at(
@@ -399,6 +450,9 @@ MISTAKES = {  # "an implementation in which ..."
     "all chosen experts have the same weight": at("Router", WEIGHTS, "(torch.ones_like(weights) / self.k)"),
     "the chosen experts are summed without weights": at("Router", WEIGHTS, "torch.ones_like(weights)"),
     "the weights of the chosen experts sum to the number of them": at("Router", WEIGHTS, f"(self.k * {WEIGHTS})"),
+    "the weights of the chosen experts are scaled by 2.5": at("Router", WEIGHTS, f"(2.5 * {WEIGHTS})"),
+    "the chosen experts are sorted, and their weights are not": at(
+        "Router", f"{WEIGHTS}.type_as(x), chosen", f"{WEIGHTS}.type_as(x), chosen.sort(-1).values"),
     "the weights of the chosen experts are in another order": at("Router", WEIGHTS, f"{WEIGHTS}.flip(-1)"),
     "the input of the experts is weighed instead of their output": at(
         "Experts", EXPERT, "self.experts[e](weights[token_idx, slot, None] * x[token_idx])"),

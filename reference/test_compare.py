@@ -28,6 +28,8 @@ EPSILONS = [name for name in MISTAKES if "Norms" in name and "epsilon" in name o
 SAME = [  # by logits alone; of the first of them by all stages, too
     {"the router's bias is ignored", "the router's bias is added to the logits"},
     {"h and w are swapped in the decoder's rotary embedding", "positions are listed as time, column, row"},
+    {"the router's bias is added to the logits before the softmax",
+     "the router's bias is added to the logits and also weighs"},
     {"every token goes to the text experts", "no token is known to be of an image or a video"},
 ]
 
