@@ -137,7 +137,7 @@ def extra(name: str, room: str = "extras"):
     try:
         return importlib.import_module(f"{room}.{name}")
     except ModuleNotFoundError as missing:
-        raise InputError(f"this needs {room}/{name}.py, but {missing.name} is not here") from None
+        raise InputError(f"this needs {room}/{name}.py, but {missing.name.replace('.', '/')} is not here") from None
 
 
 def log(line: str = "", redraw: bool = False) -> None:

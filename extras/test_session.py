@@ -420,4 +420,4 @@ def test_a_part_of_extras_that_is_missing_is_named(ask, monkeypatch):
     monkeypatch.setitem(sys.modules, "extras.boxes", None)
     monkeypatch.delitem(sys.modules, "extras.session")
     code, out, err = ask("--prompt", "Hi", "--json")
-    assert (code, out) == (2, "") and "extras/boxes.py" in err
+    assert (code, out) == (2, "") and "extras/boxes is not here" in err
