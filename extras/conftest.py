@@ -1,5 +1,4 @@
 """What tests of the extras share: the command line in this process, and a model that says what it is told to."""
-import io
 import json
 from pathlib import Path
 
@@ -26,15 +25,6 @@ def ask(capsys):
             code = stop.code
         return code, *capsys.readouterr()
     return ask
-
-
-@pytest.fixture
-def chat(ask, monkeypatch):
-    """The same with --chat, and lines that a person types."""
-    def chat(*lines: str, options: tuple = ()) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        return ask("--chat", *options)
-    return chat
 
 
 @pytest.fixture

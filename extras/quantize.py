@@ -70,8 +70,8 @@ class QuantizedLinear(nn.Module):
         return ((number.unflatten(-1, (-1, self.group)) - 8) * scale + offset).flatten(-2)
 
     def pack(self) -> None:
-        """Puts int4 weights into the layout of torch's CPU kernel, which has no groups of 16. Not for a layer that is to
-        be compiled or saved."""
+        """Puts int4 weights into the layout of torch's CPU kernel, which has no groups of 16. Not for a layer that is
+        to be compiled or saved."""
         if self.group >= 32 and not self.packed:
             weight = torch._convert_weight_to_int4pack_for_cpu(self.unpack(self.weight).int(), 1)
             self.weight, self.packed = nn.Parameter(weight, False), True

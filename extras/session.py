@@ -13,15 +13,13 @@ from typing import Callable, Iterator
 
 import torch
 
-from ernie_vl import (Config, ErnieVL, InputError, Inputs, KVCache, generate, is_placeholder, pieces, require,
-                      token_grid)
+from ernie_vl import Config, ErnieVL, InputError, Inputs, KVCache, generate, is_placeholder, pieces, require, token_grid
 from extras.boxes import ZOOM_TOOL, check_boxes_path, crop, draw_boxes, find_boxes_in, is_zoom, last_image
 from extras.messages import (ToolReplyParser, media_loader, plain_messages, read_messages, read_request,
                              read_text, to_json)
 from run import (Printer, check_output, make_sampler, extra, load_model, log, question, report, save_logits,
                  write_atomically)
-from tokenizer import (Media, Tokenizer, chat_template, encode_chat, generation_prompt, load_image,
-                       short_name)
+from tokenizer import Media, Tokenizer, chat_template, encode_chat, generation_prompt, load_image, short_name
 
 
 # ------------------------------------------------------------------------------------------------- prefix cache
@@ -282,4 +280,3 @@ def reply_once(session: Session, messages: list[dict]) -> None:
         log(f"drew {len(boxes)} boxes in {path}" if boxes else f"the answer locates nothing, so {path} was not written")
     if session.ended == "interrupted":
         raise KeyboardInterrupt
-

@@ -1,5 +1,6 @@
 """Conversations in the terminal."""
 import copy
+import io
 import json
 import os
 import subprocess
@@ -16,6 +17,15 @@ from tokenizer import Tokenizer
 
 BEGIN, END, EMPTY = "<|begin_of_sentence|>", "<|end_of_sentence|>", "<think>\n\n</think>\n\n"
 STAR = str(ROOT / "examples" / "star.jpg")
+
+
+@pytest.fixture
+def chat(ask, monkeypatch):
+    """Runs --chat with lines that a person types: (exit code, stdout, stderr)."""
+    def chat(*lines: str, options: tuple = ()) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        return ask("--chat", *options)
+    return chat
 
 
 def test_a_chat_is_the_conversation_that_messages_would_be(ask, chat, monkeypatch, tmp_path):
