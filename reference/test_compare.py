@@ -92,6 +92,20 @@ def test_two_mistakes_at_once_are_named(bench, pair):
     assert named(bench["fp32"], computed(bench["fp32"], *pair)) == [{*pair}]
 
 
+@pytest.mark.parametrize("share, words", [(0.9, "the closest, at"), (0.0, "begin at the first stage that is wrong")])
+def test_the_closest_mistake_is_named_only_where_it_is_nearer(bench, monkeypatch, share, words):
+    """A head without its last rows is no known mistake. With most of a known one beside it, that one is the closest."""
+    precise, _, singles = bench["fp32"]
+    monkeypatch.setattr(compare, "MOST_SECONDS", 0)
+    known = computed(bench["fp32"], "attention scores are not divided by √d")["logits"].double()
+    theirs = {"logits": precise.stages["logits"] + share * (known - precise.stages["logits"])}
+    theirs["logits"][:, -9:] = 0
+    limits = {"logits": 3 * precise.rounding["logits"]}
+    line, = compare.sentences(compare.Search(theirs, precise, limits, singles))
+    assert line.startswith("none of the known mistakes gives your numbers") and words in line
+    assert ("an implementation in which" in line) == (share > 0)
+
+
 def test_a_mistake_is_an_edit_of_one_place():
     with pytest.raises(ValueError, match="0 places"):
         mistakes.plant(SOURCE, "no such words", "")
